@@ -1,0 +1,135 @@
+// The CPU kernels' face: what a caller fills in, and what it may run.
+//
+// Nothing here or below knows torch: raw pointers, sizes, a task range. Every kernel splits
+// its work into independent tasks (bands of rows); the caller decides which thread runs
+// which range of tasks and lends each thread 64-byte-aligned scratch. One thread's tasks
+// never read what another's write.
+//
+// The same sources are compiled once per instruction set (see CMakeLists.txt), each into a
+// namespace of its own, and meet again in one table of functions per instruction set.
+//
+// Activations are dense NHWC: (batch, height, width, channels), channels innermost, stored as
+// float32 or bfloat16. Products accumulate in float32 either way. NaN and infinity travel as
+// they do in PyTorch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hgfast::cpu {
+
+enum class Element : int { float32, bfloat16 };
+
+struct Work {
+  int64_t tasks;   // independent pieces, numbered from 0
+  size_t scratch;  // bytes that each thread needs, 64-byte aligned
+};
+
+// y = conv3(relu(b2 + conv2(relu(b1 + conv1(relu(scale * x + shift)))))) + b3 + shortcut
+//     [+ low, upsampled x2 by nearest neighbour]
+// conv1, conv3: 1x1; conv2: 3x3, padding 1. The shortcut is x (in == out channels), or
+// project(x) + bp. The BatchNorms before conv2 and conv3 are folded into conv1 and conv2.
+struct BottleneckParams {
+  Element element;
+  int64_t batch, height, width;
+  int64_t in, middle, out;     // channels
+  const void* x;               // (batch, height, width, in)
+  const void* low;             // (batch, height / 2, width / 2, out), or null
+  void* y;                     // (batch, height, width, out); may not alias x or low
+  const float *scale, *shift;  // (in)
+  const void *w1, *w2, *w3, *wp;    // packed; wp null: identity shortcut
+  const float *b1, *b2, *b3, *bp;   // (middle), (middle), (out), (out)
+};
+
+// y = act(conv(pre(x)) + bias) [+ add]; pre = relu(scale * x + shift) if scale, else x;
+// act = relu if relu. Any kernel size, stride, padding; zero padding applies after pre.
+struct ConvParams {
+  Element element;
+  int64_t batch, height, width;  // of x
+  int64_t in, out;               // channels
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  bool relu;
+  const void* x;               // (batch, height, width, in)
+  const void* add;             // like y, or null
+  void* y;                     // (batch, out_height, out_width, out)
+  const float *scale, *shift;  // (in), or null
+  const void* weight;          // packed
+  const float* bias;           // (out)
+};
+
+// y = skip + low upsampled x2 by nearest neighbour. Channels innermost.
+struct UpsampleAddParams {
+  Element element;
+  int64_t batch, height, width, channels;  // of skip and y; height and width even
+  const void *low, *skip;
+  void* y;
+};
+
+// y = 2x2 maximum of x with stride 2; an odd last row or column is dropped. NaN wins.
+struct MaxPoolParams {
+  Element element;
+  int64_t batch, height, width, channels;  // of x
+  const void* x;
+  void* y;
+};
+
+// y = a + b, elementwise over `count` elements.
+struct AddParams {
+  Element element;
+  int64_t count;
+  const void *a, *b;
+  void* y;
+};
+
+enum class HeatmapType : int { float32, bfloat16, float16 };
+
+// Per heatmap (n of them, at data + strides): argmax (first of equals), score, and the quarter
+// offset towards the higher neighbour where 1 < x < width - 1 and 1 < y < height - 1.
+// score NaN: coordinates (0, 0). Maximum <= 0: an invisible joint, (0, 0), score = maximum.
+struct DecodeParams {
+  HeatmapType type;
+  int64_t batch, joints, height, width;
+  int64_t stride_b, stride_k, stride_h, stride_w;  // in elements, any
+  const void* data;
+  float* coords;  // (batch, joints, 2): x, y in heatmap pixels
+  float* scores;  // (batch, joints)
+};
+
+// One instruction set's kernels. `plan_*` says how the work splits for so many threads;
+// the kernel runs tasks [begin, end).
+struct Kernels {
+  const char* name;
+
+  // A convolution's weight (out, in, kernel_h, kernel_w), float32, into the layout this
+  // instruction set multiplies fastest for activations of `element`. 64-byte aligned.
+  size_t (*packed_bytes)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+  void (*pack)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+               const float* weight, void* packed);
+
+  Work (*plan_bottleneck)(const BottleneckParams&, int threads);
+  void (*bottleneck)(const BottleneckParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_conv)(const ConvParams&, int threads);
+  void (*conv)(const ConvParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
+  void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_max_pool)(const MaxPoolParams&, int threads);
+  void (*max_pool)(const MaxPoolParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_add)(const AddParams&, int threads);
+  void (*add)(const AddParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_decode)(const DecodeParams&, int threads);
+  void (*decode)(const DecodeParams&, int threads, int64_t begin, int64_t end, void* scratch);
+};
+
+// The kernels for this machine: the best instruction set it has, or the one that the
+// environment variable HGFAST_CPU_ISA names (an error, in words, where it cannot run).
+// Chosen once; thread-safe.
+const Kernels& kernels();
+
+// What was built, what this machine can run, best first: for `python -m hgfast info`.
+struct Isa {
+  const char* name;
+  bool runnable;
+};
+int isa_list(const Isa** list);
+
+}  // namespace hgfast::cpu
