@@ -1,0 +1,58 @@
+# From a bare clone: `make demo`, `make test`. Each installs what it needs into .venv, builds the
+# extension and runs; repeated, they start in seconds.
+#
+#   make test PYTEST_ARGS="-k decode -x"     make bench PYTEST_ARGS=...     make lint     make format
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+# The AMX kernels on a model of their instructions, so that their code is tested on any x86 machine.
+export HGFAST_AMX_MODEL ?= 1
+
+# A stamp is newer than everything that it was made from.
+INSTALLED := $(VENV)/installed.stamp
+PEERS := $(VENV)/peers.stamp
+BUILT := $(VENV)/built.stamp
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: build test demo bench lint format clean
+
+build: $(BUILT)
+
+test: $(BUILT) $(PEERS)
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+demo: $(BUILT)
+	$(BIN)/python -m hgfast demo
+
+bench: $(BUILT)
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hgfast/_C*.so
+
+$(INSTALLED): requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(PEERS): requirements-peers.txt $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
