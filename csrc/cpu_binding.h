@@ -1,0 +1,281 @@
+// What the ops (cpu_ops.cpp) and the plan (cpu_plan.cpp) share: checked and packed weights,
+// shape rules, and running one kernel over its tasks.
+//
+// Every check begins its message with `where`, the op or the plan's step that it speaks of.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <ostream>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace hgfast {
+
+constexpr size_t kAlignment = 64;  // bytes; a cache line, and what the kernels are promised
+
+constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) & ~(kAlignment - 1); }
+
+// The kernel that ran last in this thread: "<instruction set>/<op>", "" before the first.
+struct Path {
+  const char* isa = nullptr;
+  const char* op = nullptr;
+  std::string text() const { return isa ? std::string(isa) + "/" + op : std::string(); }
+};
+inline Path& last_path() {
+  static thread_local Path path;
+  return path;
+}
+
+// A map's shape. Whatever its strides, PyTorch writes it (batch, channels, height, width).
+struct Shape {
+  int64_t batch, channels, height, width;
+
+  int64_t count() const { return batch * channels * height * width; }
+  std::array<int64_t, 4> sizes() const { return {batch, channels, height, width}; }
+  bool operator==(const Shape& other) const { return sizes() == other.sizes(); }
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
+  return stream << at::IntArrayRef(shape.sizes());
+}
+
+inline bool has_element(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
+}
+
+inline cpu::Element element_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? cpu::Element::float32 : cpu::Element::bfloat16;
+}
+
+inline at::ScalarType scalar_type(cpu::Element element) {
+  return element == cpu::Element::float32 ? at::kFloat : at::kBFloat16;
+}
+
+inline int64_t bytes_of(cpu::Element element) { return element == cpu::Element::float32 ? 4 : 2; }
+
+// The shape of a feature map that the kernels can read: 4-D, float32 or bfloat16, not empty
+// but for its batch.
+inline Shape map_shape(const std::string& where, const char* name, const at::Tensor& map) {
+  TORCH_CHECK_VALUE(map.device().is_cpu(), where, ": expected ", name, " on the CPU, given ",
+                    map.device());
+  TORCH_CHECK_VALUE(has_element(map), where, ": expected ", name, " in float32 or bfloat16, given ",
+                    map.scalar_type());
+  TORCH_CHECK_VALUE(map.dim() == 4, where, ": expected ", name,
+                    " of shape (batch, channels, height, width), given ", map.sizes());
+  TORCH_CHECK_VALUE(map.size(1) > 0 && map.size(2) > 0 && map.size(3) > 0, where, ": expected ",
+                    name, " with at least one channel, row and column, given ", map.sizes());
+  return {map.size(0), map.size(1), map.size(2), map.size(3)};
+}
+
+inline void check_shape(const std::string& where, const char* name, const Shape& given,
+                        const Shape& expected) {
+  TORCH_CHECK_VALUE(given == expected, where, ": expected ", name, " of shape ", expected,
+                    ", given ", given);
+}
+
+inline void check_weight(const std::string& where, const char* name, const at::Tensor& tensor,
+                         at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(tensor.device().is_cpu(), where, ": expected ", name, " on the CPU, given ",
+                    tensor.device());
+  TORCH_CHECK_VALUE(has_element(tensor), where, ": expected ", name,
+                    " in float32 or bfloat16, given ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, where, ": expected ", name, " of shape ", expected,
+                    ", given ", tensor.sizes());
+}
+
+// A float32 copy that nobody else writes to.
+inline at::Tensor own_floats(const at::Tensor& tensor) {
+  return tensor.detach().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
+}
+
+inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Element element,
+                              const at::Tensor& weight) {
+  const at::Tensor plain = weight.detach().to(at::kFloat).contiguous();
+  const auto out = plain.size(0), in = plain.size(1), height = plain.size(2), width = plain.size(3);
+  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(element, out, in, height, width));
+  at::Tensor packed = at::empty({bytes}, at::kByte);
+  kernels.pack(element, out, in, height, width, plain.const_data_ptr<float>(),
+               packed.mutable_data_ptr());
+  return packed;
+}
+
+// A bottleneck's weights, checked and packed; the parameters lack only the maps and their sizes.
+struct BottleneckWeights {
+  cpu::BottleneckParams params{};
+  std::array<at::Tensor, 10> owned;
+
+  BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+                    const at::Tensor& scale, const at::Tensor& shift, const at::Tensor& w1,
+                    const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
+                    const at::Tensor& w3, const at::Tensor& b3, const std::optional<at::Tensor>& wp,
+                    const std::optional<at::Tensor>& bp) {
+    TORCH_CHECK_VALUE(w1.dim() == 4 && w3.dim() == 4, where,
+                      ": expected w1 of shape (middle, in, 1, 1) and w3 of shape "
+                      "(out, middle, 1, 1), given ",
+                      w1.sizes(), " and ", w3.sizes());
+    const int64_t in = w1.size(1), middle = w1.size(0), out = w3.size(0);
+    TORCH_CHECK_VALUE(in > 0 && middle > 0 && out > 0, where,
+                      ": expected at least one channel everywhere, given w1 of shape ", w1.sizes(),
+                      " and w3 of shape ", w3.sizes());
+    check_weight(where, "scale", scale, {in});
+    check_weight(where, "shift", shift, {in});
+    check_weight(where, "w1", w1, {middle, in, 1, 1});
+    check_weight(where, "b1", b1, {middle});
+    check_weight(where, "w2", w2, {middle, middle, 3, 3});
+    check_weight(where, "b2", b2, {middle});
+    check_weight(where, "w3", w3, {out, middle, 1, 1});
+    check_weight(where, "b3", b3, {out});
+    TORCH_CHECK_VALUE(wp.has_value() == bp.has_value(), where,
+                      ": expected both wp and bp or neither, given only ",
+                      wp.has_value() ? "wp" : "bp");
+    TORCH_CHECK_VALUE(wp.has_value() || in == out, where,
+                      ": expected a projection (wp, bp) where the channels change, given none for ",
+                      in, " -> ", out);
+    if (wp) {
+      check_weight(where, "wp", *wp, {out, in, 1, 1});
+      check_weight(where, "bp", *bp, {out});
+    }
+    params.element = element;
+    params.in = in;
+    params.middle = middle;
+    params.out = out;
+    size_t next = 0;
+    const auto floats = [&](const at::Tensor& tensor) {
+      return (owned[next++] = own_floats(tensor)).const_data_ptr<float>();
+    };
+    const auto packed = [&](const at::Tensor& tensor) {
+      return (owned[next++] = pack_weight(kernels, element, tensor)).const_data_ptr();
+    };
+    params.scale = floats(scale);
+    params.shift = floats(shift);
+    params.w1 = packed(w1);
+    params.b1 = floats(b1);
+    params.w2 = packed(w2);
+    params.b2 = floats(b2);
+    params.w3 = packed(w3);
+    params.b3 = floats(b3);
+    if (wp) {
+      params.wp = packed(*wp);
+      params.bp = floats(*bp);
+    }
+  }
+
+  // The parameters for an input of this shape.
+  cpu::BottleneckParams at(const std::string& where, const Shape& x) const {
+    TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
+                      " channels, as w1 has, given ", x);
+    cpu::BottleneckParams p = params;
+    p.batch = x.batch;
+    p.height = x.height;
+    p.width = x.width;
+    return p;
+  }
+};
+
+// A convolution's weights, likewise.
+struct ConvWeights {
+  cpu::ConvParams params{};
+  std::array<at::Tensor, 4> owned;
+
+  ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+              const at::Tensor& weight, const at::Tensor& bias,
+              const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
+              at::IntArrayRef stride, at::IntArrayRef padding, bool relu) {
+    TORCH_CHECK_VALUE(weight.dim() == 4, where,
+                      ": expected weight of shape (out, in, kernel height, kernel width), given ",
+                      weight.sizes());
+    TORCH_CHECK_VALUE(weight.numel() > 0, where, ": expected a weight that is not empty, given ",
+                      weight.sizes());
+    check_weight(where, "weight", weight, weight.sizes());
+    check_weight(where, "bias", bias, {weight.size(0)});
+    TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
+                      ": expected both scale and shift or neither, given only ",
+                      scale.has_value() ? "scale" : "shift");
+    if (scale) {
+      check_weight(where, "scale", *scale, {weight.size(1)});
+      check_weight(where, "shift", *shift, {weight.size(1)});
+    }
+    TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, where,
+                      ": expected two strides of at least 1, given ", stride);
+    TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, where,
+                      ": expected two paddings of at least 0, given ", padding);
+    params.element = element;
+    params.out = weight.size(0);
+    params.in = weight.size(1);
+    params.kernel_h = weight.size(2);
+    params.kernel_w = weight.size(3);
+    params.stride_h = stride[0];
+    params.stride_w = stride[1];
+    params.pad_h = padding[0];
+    params.pad_w = padding[1];
+    params.relu = relu;
+    owned[0] = pack_weight(kernels, element, weight);
+    owned[1] = own_floats(bias);
+    params.weight = owned[0].const_data_ptr();
+    params.bias = owned[1].const_data_ptr<float>();
+    if (scale) {
+      owned[2] = own_floats(*scale);
+      owned[3] = own_floats(*shift);
+      params.scale = owned[2].const_data_ptr<float>();
+      params.shift = owned[3].const_data_ptr<float>();
+    }
+  }
+
+  cpu::ConvParams at(const std::string& where, const Shape& x) const {
+    TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
+                      " channels, as the weight has, given ", x);
+    TORCH_CHECK_VALUE(
+        x.height + 2 * params.pad_h >= params.kernel_h &&
+            x.width + 2 * params.pad_w >= params.kernel_w,
+        where, ": expected x, with its padding, to be at least as large as the kernel of ",
+        params.kernel_h, "x", params.kernel_w, ", given ", x);
+    cpu::ConvParams p = params;
+    p.batch = x.batch;
+    p.height = x.height;
+    p.width = x.width;
+    return p;
+  }
+};
+
+// The shape of each kernel's result.
+inline Shape result_of(const cpu::BottleneckParams& p) {
+  return {p.batch, p.out, p.height, p.width};
+}
+
+inline Shape result_of(const cpu::ConvParams& p) {
+  return {p.batch, p.out, (p.height + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1,
+          (p.width + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1};
+}
+
+// What `low` must be, to be enlarged twofold onto a map of shape `full`.
+inline Shape half_of(const std::string& where, const Shape& full) {
+  TORCH_CHECK_VALUE(full.height % 2 == 0 && full.width % 2 == 0, where,
+                    ": expected an even height and width to add an upsampled map to, given ", full);
+  return {full.batch, full.channels, full.height / 2, full.width / 2};
+}
+
+// Memory that kernels may write to, kAlignment-aligned.
+struct FreeCpu {
+  void operator()(void* memory) const { c10::free_cpu(memory); }
+};
+using Memory = std::unique_ptr<void, FreeCpu>;
+inline Memory allocate(size_t bytes) { return Memory(c10::alloc_cpu(bytes)); }
+
+// Runs `kernel(begin, end, scratch)` over the tasks with torch's threads.
+template <class Kernel>
+void run_tasks(const cpu::Work& work, const Kernel& kernel) {
+  at::parallel_for(0, work.tasks, 1, [&](int64_t begin, int64_t end) {
+    const Memory scratch = work.scratch ? allocate(work.scratch) : nullptr;
+    kernel(begin, end, scratch.get());
+  });
+}
+
+}  // namespace hgfast
