@@ -1,0 +1,477 @@
+#include "cpu_plan.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu_copy.h"
+
+namespace hgfast {
+namespace {
+
+constexpr size_t kLayouts = 8;  // shapes remembered per plan
+
+cpu::Element element_named(const std::string& name) {
+  TORCH_CHECK_VALUE(name == "float32" || name == "bfloat16",
+                    "CpuPlan: expected the element \"float32\" or \"bfloat16\", given \"", name,
+                    "\"");
+  return name == "float32" ? cpu::Element::float32 : cpu::Element::bfloat16;
+}
+
+// What `plan_*` sees in place of a map: it may ask whether there is one, and never reads it.
+alignas(kAlignment) char some_map[kAlignment];
+
+bool aligned_pointer(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
+}
+
+// Where the user keeps (batch, channels, height, width) with the columns innermost.
+bool is_nchw(const at::Tensor& map) {
+  return map.is_contiguous() && map.suggest_memory_format() == at::MemoryFormat::Contiguous;
+}
+
+// May a value of this element live in the tensor's own memory?
+bool is_dense_nhwc(const at::Tensor& map, cpu::Element element) {
+  return map.scalar_type() == scalar_type(element) &&
+         map.is_contiguous(at::MemoryFormat::ChannelsLast) && aligned_pointer(map.const_data_ptr());
+}
+
+}  // namespace
+
+// ---- recording ----
+
+CpuPlan::CpuPlan(const std::string& element)
+    : kernels_(cpu::kernels()), element_(element_named(element)) {}
+
+std::string CpuPlan::where(const char* op) const {
+  return "step " + std::to_string(steps_.size()) + " (" + op + ")";
+}
+
+CpuPlan::Slot CpuPlan::value(Id id) {
+  const auto [entry, is_new] = slot_of_.try_emplace(id, static_cast<Slot>(id_of_.size()));
+  if (is_new) {
+    id_of_.push_back(id);
+    defined_by_.push_back(-1);
+  }
+  return entry->second;
+}
+
+void CpuPlan::record(const char* op, std::vector<Slot> reads, Id output,
+                     std::function<Launch(const std::vector<Shape>&, int threads)> launch) {
+  TORCH_CHECK(!finished_, where(op), ": the plan is finished and takes no more steps");
+  const Slot write = value(output);
+  TORCH_CHECK_VALUE(defined_by_[write] < 0, where(op), ": value ", output,
+                    " is already the output of step ", defined_by_[write]);
+  const auto uses = [&](const std::vector<Slot>& slots) {
+    return std::find(slots.begin(), slots.end(), write) != slots.end();
+  };
+  TORCH_CHECK_VALUE(!uses(reads), where(op), ": value ", output, " is both input and output");
+  for (const Step& step : steps_)
+    TORCH_CHECK_VALUE(!uses(step.reads), where(op), ": its output, value ", output,
+                      ", is used before, by ", step.where);
+  defined_by_[write] = static_cast<int64_t>(steps_.size());
+  steps_.push_back({op, where(op), std::move(reads), write, std::move(launch)});
+}
+
+// A kernel call: `bind` fills in the pointers of one run.
+template <class Launch, class Params, class Plan, class Kernel, class Bind>
+static Launch make_launch(const Shape& result, const Params& params, int threads, Plan plan,
+                          Kernel kernel, Bind bind) {
+  Launch launch;
+  launch.result = result;
+  if (result.count() > 0) launch.work = plan(params, threads);
+  launch.run = [=](void* const* slots, int64_t begin, int64_t end, void* scratch) {
+    Params p = params;
+    bind(p, slots);
+    kernel(p, threads, begin, end, scratch);
+  };
+  return launch;
+}
+
+void CpuPlan::bottleneck(Id input, Id output, const at::Tensor& scale, const at::Tensor& shift,
+                         const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+                         const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
+                         const OptionalTensor& wp, const OptionalTensor& bp,
+                         std::optional<Id> low) {
+  const char* op = "bottleneck";
+  const std::string place = where(op);
+  const auto weights = std::make_shared<const BottleneckWeights>(
+      place, kernels_, element_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
+  const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
+  std::vector<Slot> reads = {x};
+  if (low) reads.push_back(half);
+  const auto* kernels = &kernels_;
+  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+    auto p = weights->at(place, shapes[x]);
+    const Shape result = result_of(p);
+    if (half >= 0) check_shape(place, "low", shapes[half], half_of(place, result));
+    p.x = p.y = some_map;
+    p.low = half >= 0 ? some_map : nullptr;
+    return make_launch<Launch>(result, p, threads, kernels->plan_bottleneck, kernels->bottleneck,
+                               [weights, x, y, half](auto& params, void* const* slots) {
+                                 params.x = slots[x];
+                                 params.y = slots[y];
+                                 if (half >= 0) params.low = slots[half];
+                               });
+  });
+}
+
+void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
+                   const OptionalTensor& scale, const OptionalTensor& shift,
+                   std::pair<int64_t, int64_t> stride, std::pair<int64_t, int64_t> padding,
+                   bool relu, std::optional<Id> add) {
+  const char* op = "conv";
+  const std::string place = where(op);
+  const auto weights = std::make_shared<const ConvWeights>(
+      place, kernels_, element_, weight, bias, scale, shift,
+      at::IntArrayRef({stride.first, stride.second}),
+      at::IntArrayRef({padding.first, padding.second}), relu);
+  const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
+  std::vector<Slot> reads = {x};
+  if (add) reads.push_back(other);
+  const auto* kernels = &kernels_;
+  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+    auto p = weights->at(place, shapes[x]);
+    const Shape result = result_of(p);
+    if (other >= 0) check_shape(place, "add", shapes[other], result);
+    p.x = p.y = some_map;
+    p.add = other >= 0 ? some_map : nullptr;
+    return make_launch<Launch>(result, p, threads, kernels->plan_conv, kernels->conv,
+                               [weights, x, y, other](auto& params, void* const* slots) {
+                                 params.x = slots[x];
+                                 params.y = slots[y];
+                                 if (other >= 0) params.add = slots[other];
+                               });
+  });
+}
+
+void CpuPlan::max_pool(Id input, Id output) {
+  const char* op = "max_pool";
+  const std::string place = where(op);
+  const Slot x = value(input), y = value(output);
+  const auto* kernels = &kernels_;
+  record(op, {x}, output, [=, element = element_](const std::vector<Shape>& shapes, int threads) {
+    const Shape& full = shapes[x];
+    TORCH_CHECK_VALUE(full.height >= 2 && full.width >= 2, place,
+                      ": expected at least two rows and columns to pool, given ", full);
+    const Shape result = {full.batch, full.channels, full.height / 2, full.width / 2};
+    const cpu::MaxPoolParams p{element,    full.batch,    full.height, full.width,
+                               full.channels, some_map, some_map};
+    return make_launch<Launch>(result, p, threads, kernels->plan_max_pool, kernels->max_pool,
+                               [x, y](auto& params, void* const* slots) {
+                                 params.x = slots[x];
+                                 params.y = slots[y];
+                               });
+  });
+}
+
+void CpuPlan::upsample_add(Id low, Id skip, Id output) {
+  const char* op = "upsample_add";
+  const std::string place = where(op);
+  const Slot half = value(low), full = value(skip), y = value(output);
+  const auto* kernels = &kernels_;
+  record(op, {half, full}, output,
+         [=, element = element_](const std::vector<Shape>& shapes, int threads) {
+           const Shape& result = shapes[full];
+           check_shape(place, "low", shapes[half], half_of(place, result));
+           const cpu::UpsampleAddParams p{element,         result.batch, result.height,
+                                          result.width,    result.channels,
+                                          some_map,        some_map,     some_map};
+           return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
+                                      kernels->upsample_add,
+                                      [half, full, y](auto& params, void* const* slots) {
+                                        params.low = slots[half];
+                                        params.skip = slots[full];
+                                        params.y = slots[y];
+                                      });
+         });
+}
+
+void CpuPlan::add(Id a, Id b, Id output) {
+  const char* op = "add";
+  const std::string place = where(op);
+  const Slot left = value(a), right = value(b), y = value(output);
+  const auto* kernels = &kernels_;
+  record(op, {left, right}, output,
+         [=, element = element_](const std::vector<Shape>& shapes, int threads) {
+           const Shape& result = shapes[left];
+           check_shape(place, "b", shapes[right], result);
+           const cpu::AddParams p{element, result.count(), some_map, some_map, some_map};
+           return make_launch<Launch>(result, p, threads, kernels->plan_add, kernels->add,
+                                      [left, right, y](auto& params, void* const* slots) {
+                                        params.a = slots[left];
+                                        params.b = slots[right];
+                                        params.y = slots[y];
+                                      });
+         });
+}
+
+void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs) {
+  TORCH_CHECK(!finished_, "CpuPlan: the plan is finished already");
+  TORCH_CHECK_VALUE(!inputs.empty() && !outputs.empty(),
+                    "CpuPlan: expected at least one input and one output, given ", inputs.size(),
+                    " and ", outputs.size());
+  std::vector<bool> is_input(id_of_.size(), false);
+  std::vector<Slot> input_slots;
+  for (const Id id : inputs) {
+    const Slot slot = value(id);
+    is_input.resize(id_of_.size(), false);
+    TORCH_CHECK_VALUE(!is_input[slot], "CpuPlan: input value ", id, " is listed twice");
+    TORCH_CHECK_VALUE(defined_by_[slot] < 0, "CpuPlan: input value ", id, " is the output of ",
+                      steps_[defined_by_[slot]].where);
+    is_input[slot] = true;
+    input_slots.push_back(slot);
+  }
+  for (const Step& step : steps_)
+    for (const Slot slot : step.reads)
+      TORCH_CHECK_VALUE(is_input[slot] || defined_by_[slot] >= 0, step.where, ": value ",
+                        id_of_[slot], " is neither an input nor the output of an earlier step");
+  for (const Id id : outputs) {
+    const auto entry = slot_of_.find(id);
+    TORCH_CHECK_VALUE(entry != slot_of_.end() &&
+                          (is_input[entry->second] || defined_by_[entry->second] >= 0),
+                      "CpuPlan: output value ", id, " is neither an input nor the output of a step");
+    const auto seen =
+        std::find(distinct_outputs_.begin(), distinct_outputs_.end(), entry->second);
+    output_index_.push_back(seen - distinct_outputs_.begin());
+    if (seen == distinct_outputs_.end()) distinct_outputs_.push_back(entry->second);
+  }
+  inputs_ = std::move(input_slots);
+  finished_ = true;
+}
+
+// ---- layouts ----
+
+std::shared_ptr<const CpuPlan::Layout> CpuPlan::layout_for(
+    const std::vector<at::Tensor>& inputs) const {
+  // All that a layout depends on, and nothing that is not cheap to ask at every call.
+  std::vector<int64_t> key;
+  key.reserve(2 + 12 * inputs.size());
+  key.push_back(at::get_num_threads());
+  for (const at::Tensor& input : inputs) {
+    key.push_back(static_cast<int64_t>(input.scalar_type()));
+    key.push_back(static_cast<int64_t>(input.device().type()));
+    key.push_back(aligned_pointer(input.device().is_cpu() ? input.const_data_ptr() : nullptr));
+    key.push_back(input.dim());
+    key.insert(key.end(), input.sizes().begin(), input.sizes().end());
+    key.insert(key.end(), input.strides().begin(), input.strides().end());
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = std::find_if(layouts_.begin(), layouts_.end(),
+                                  [&](const auto& layout) { return layout->key == key; });
+  if (found != layouts_.end()) {
+    std::rotate(layouts_.begin(), found, found + 1);
+  } else {
+    layouts_.insert(layouts_.begin(), make_layout(inputs, std::move(key)));
+    if (layouts_.size() > kLayouts) layouts_.pop_back();
+  }
+  return layouts_.front();
+}
+
+std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at::Tensor>& inputs,
+                                                            std::vector<int64_t> key) const {
+  auto layout = std::make_shared<Layout>();
+  layout->key = std::move(key);
+  layout->threads = at::get_num_threads();
+  const auto values = static_cast<Slot>(id_of_.size());
+  std::vector<Shape> shapes(values, Shape{0, 0, 0, 0});
+  auto& launches = layout->launches;
+
+  const auto add_copy = [&](Slot from, Slot to, const MapCopy& copy) {
+    Launch launch;
+    launch.result = copy.shape;
+    launch.work = {copy.shape.count() > 0 ? copy_tasks(copy) : 0, 0};
+    launch.run = [copy, from, to](Slots slots, int64_t begin, int64_t end, void*) {
+      copy_map(copy, slots[from], slots[to], begin, end);
+    };
+    launch.reads = {from};
+    launch.write = to;
+    launches.push_back(std::move(launch));
+  };
+
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor& input = inputs[i];
+    const Slot slot = inputs_[i];
+    shapes[slot] = map_shape("CpuPlan", ("input " + std::to_string(i)).c_str(), input);
+    layout->direct.push_back(is_dense_nhwc(input, element_));
+    const bool used = std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
+      return std::find(step.reads.begin(), step.reads.end(), slot) != step.reads.end();
+    });
+    if (layout->direct.back() || !used) continue;
+    const auto strides = input.strides();
+    add_copy(values + static_cast<Slot>(i), slot,
+             {shapes[slot], element_of(input), element_,
+              {strides[0], strides[1], strides[2], strides[3]}, nhwc(shapes[slot])});
+  }
+
+  const at::Tensor& first = inputs.front();
+  const bool to_nchw = is_nchw(first);
+  const cpu::Element to = element_of(first);
+  const auto export_of = [&](Slot slot) {
+    const auto found = std::find(distinct_outputs_.begin(), distinct_outputs_.end(), slot);
+    return found == distinct_outputs_.end() ? -1 : found - distinct_outputs_.begin();
+  };
+  for (const Step& step : steps_) {
+    Launch launch = step.launch(shapes, layout->threads);
+    launch.op = step.op;
+    launch.reads = step.reads;
+    launch.write = step.write;
+    const Shape shape = shapes[step.write] = launch.result;
+    launches.push_back(std::move(launch));
+    layout->last_op = step.op;
+    // An output leaves as soon as it is there, while it is in the cache.
+    const int64_t index = export_of(step.write);
+    if (index >= 0 && (to_nchw || to != element_))
+      add_copy(step.write, values + static_cast<Slot>(inputs.size()) + index,
+               {shape, element_, to, nhwc(shape), to_nchw ? nchw(shape) : nhwc(shape)});
+  }
+  for (const Slot slot : distinct_outputs_)
+    layout->outputs.push_back(
+        {shapes[slot], slot, defined_by_[slot] >= 0 && !to_nchw && to == element_});
+
+  launches.erase(std::remove_if(launches.begin(), launches.end(),
+                                [](const Launch& launch) { return launch.work.tasks == 0; }),
+                 launches.end());
+  place(*layout, shapes, bytes_of(element_));
+  for (size_t i = 0; i < launches.size(); ++i) {
+    layout->scratch = std::max(layout->scratch, aligned(launches[i].work.scratch));
+    layout->parallel |= layout->threads > 1 && launches[i].work.tasks > 1;
+    // One task and then one task again: the same thread runs both, nobody need wait.
+    launches[i].wait = i + 1 == launches.size() || launches[i].work.tasks > 1 ||
+                       launches[i + 1].work.tasks > 1;
+  }
+  return layout;
+}
+
+// Gives each value that lives in the arena the first gap that is free for as long as it lives.
+void CpuPlan::place(Layout& layout, const std::vector<Shape>& shapes, int64_t element_bytes) {
+  const auto values = static_cast<Slot>(shapes.size());
+  std::vector<size_t> last_use(values, 0);
+  for (size_t i = 0; i < layout.launches.size(); ++i)
+    for (const Slot slot : layout.launches[i].reads)
+      if (slot < values) last_use[slot] = i;
+  std::vector<bool> elsewhere(values, false);
+  for (const Output& output : layout.outputs)
+    if (output.direct) elsewhere[output.value] = true;
+
+  struct Range {
+    int64_t begin, end;
+    Slot value;
+  };
+  std::vector<Range> live;  // sorted
+  layout.offsets.assign(values, -1);
+  int64_t top = 0;
+  for (size_t i = 0; i < layout.launches.size(); ++i) {
+    const Slot slot = layout.launches[i].write;
+    if (slot < values && !elsewhere[slot]) {
+      const auto bytes = static_cast<int64_t>(
+          aligned(static_cast<size_t>(shapes[slot].count() * element_bytes)));
+      int64_t begin = 0;
+      auto next = live.begin();
+      while (next != live.end() && next->begin - begin < bytes) begin = (next++)->end;
+      live.insert(next, {begin, begin + bytes, slot});
+      layout.offsets[slot] = begin;
+      top = std::max(top, begin + bytes);
+    }
+    live.erase(std::remove_if(live.begin(), live.end(),
+                              [&](const Range& range) { return last_use[range.value] <= i; }),
+               live.end());
+  }
+  layout.arena = static_cast<size_t>(top);
+}
+
+// ---- running ----
+
+CpuPlan::Pool::Block CpuPlan::Pool::take(size_t bytes) {
+  Block block;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto enough = std::find_if(idle_.begin(), idle_.end(),
+                                     [&](const Block& idle) { return idle.bytes >= bytes; });
+    const auto chosen = enough != idle_.end() ? enough : idle_.begin();
+    if (chosen != idle_.end()) {
+      block = std::move(*chosen);
+      idle_.erase(chosen);
+    }
+  }
+  if (block.bytes < bytes) {
+    block.memory.reset();  // before the larger one is asked for
+    block = {allocate(bytes), bytes};
+  }
+  return block;
+}
+
+void CpuPlan::Pool::give(Block block) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(block));
+}
+
+void CpuPlan::execute(const Layout& layout, Slots slots, char* scratch) {
+  const auto walk = [&](int64_t thread, int64_t team) {
+    for (const Launch& launch : layout.launches) {
+      const int64_t begin = launch.work.tasks * thread / team;
+      const int64_t end = launch.work.tasks * (thread + 1) / team;
+      if (begin < end) launch.run(slots, begin, end, scratch + thread * layout.scratch);
+      if (launch.wait) {
+#pragma omp barrier
+      }
+    }
+  };
+#ifdef _OPENMP
+  if (layout.parallel && !at::in_parallel_region()) {
+    // No num_threads clause, like ATen: a team that changes its size is made anew each time.
+#pragma omp parallel
+    walk(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  walk(0, 1);
+}
+
+std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) const {
+  TORCH_CHECK(finished_, "CpuPlan: the plan is not finished");
+  TORCH_CHECK_VALUE(inputs.size() == inputs_.size(), "CpuPlan: expected ", inputs_.size(),
+                    " inputs, given ", inputs.size());
+  const auto layout = layout_for(inputs);
+  const at::Tensor& first = inputs.front();
+  const auto format =
+      is_nchw(first) ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+
+  const size_t values = id_of_.size();
+  std::vector<void*> slots(values + inputs.size() + distinct_outputs_.size(), nullptr);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    // Kernels never write to what they read.
+    void* data = const_cast<void*>(inputs[i].const_data_ptr());
+    slots[values + i] = data;
+    if (layout->direct[i]) slots[inputs_[i]] = data;
+  }
+  std::vector<at::Tensor> distinct;
+  distinct.reserve(distinct_outputs_.size());
+  for (const Output& output : layout->outputs) {
+    at::Tensor result = at::empty(output.shape.sizes(), first.options(), format);
+    if (defined_by_[output.value] < 0) {
+      const auto input = std::find(inputs_.begin(), inputs_.end(), output.value);
+      result.copy_(inputs[input - inputs_.begin()].detach());
+    } else {
+      void* data = result.mutable_data_ptr();
+      slots[values + inputs.size() + distinct.size()] = data;
+      if (output.direct) slots[output.value] = data;
+    }
+    distinct.push_back(std::move(result));
+  }
+
+  if (!layout->launches.empty()) {
+    Pool::Block block = pool_.take(layout->arena + layout->threads * layout->scratch);
+    char* base = static_cast<char*>(block.memory.get());
+    for (size_t value = 0; value < values; ++value)
+      if (layout->offsets[value] >= 0) slots[value] = base + layout->offsets[value];
+    execute(*layout, slots.data(), base + layout->arena);
+    pool_.give(std::move(block));
+    if (layout->last_op) last_path() = {kernels_.name, layout->last_op};
+  }
+  std::vector<at::Tensor> outputs;
+  outputs.reserve(output_index_.size());
+  for (const size_t index : output_index_) outputs.push_back(distinct[index]);
+  return outputs;
+}
+
+}  // namespace hgfast

@@ -1,0 +1,142 @@
+// A network as the CPU runs it: steps over numbered values, weights packed once, one call per run.
+//
+// Steps are recorded in order, then `finish` names the inputs and outputs and freezes the plan;
+// from then on `run` may be called from any number of threads. For each shape of input (the last
+// eight are kept) a layout is worked out once: the shape of every value, how each kernel splits into
+// tasks, and where in one arena each value lives, by first fit over lifetimes, so that a whole
+// network needs little more memory than its widest moment. Arenas come from a pool that belongs to
+// the plan: fresh pages cost milliseconds.
+//
+// A run opens one parallel region, in which every thread walks the steps and waits for the others
+// after each: cheaper than to start and end the threads' work for every step. No Tensor is created
+// but the outputs.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "cpu_binding.h"
+
+namespace hgfast {
+
+class CpuPlan {
+ public:
+  using Id = int64_t;  // a value's number; the caller chooses it
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  explicit CpuPlan(const std::string& element);  // "float32" or "bfloat16"
+
+  void bottleneck(Id input, Id output, const at::Tensor& scale, const at::Tensor& shift,
+                  const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+                  const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
+                  const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low);
+  void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
+            const OptionalTensor& scale, const OptionalTensor& shift,
+            std::pair<int64_t, int64_t> stride, std::pair<int64_t, int64_t> padding, bool relu,
+            std::optional<Id> add);
+  void max_pool(Id input, Id output);
+  void upsample_add(Id low, Id skip, Id output);
+  void add(Id a, Id b, Id output);
+  void finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs);
+
+  // Inputs: (batch, channels, height, width), float32 or bfloat16, any strides. Outputs: fresh
+  // tensors in the first input's dtype; NCHW if the first input is, else channels_last.
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
+
+  std::string path() const { return kernels_.name; }
+
+ private:
+  using Slot = int64_t;  // a place in the run's table of pointers: values, inputs, outputs
+  using Slots = void* const*;
+  using Run = std::function<void(Slots, int64_t begin, int64_t end, void* scratch)>;
+
+  // One kernel call of a layout: everything but the pointers is settled.
+  struct Launch {
+    cpu::Work work{};
+    Shape result{};
+    Run run;
+    const char* op = nullptr;   // null: a copy in or out
+    std::vector<Slot> reads;
+    Slot write = -1;
+    bool wait = true;           // for the other threads, afterwards
+  };
+
+  struct Step {
+    const char* op;
+    std::string where;          // "step 3 (conv)", for errors
+    std::vector<Slot> reads;
+    Slot write;
+    // Checks the shapes of all values so far, and settles the kernel call for them.
+    std::function<Launch(const std::vector<Shape>&, int threads)> launch;
+  };
+
+  struct Output {
+    Shape shape;
+    Slot value;
+    bool direct;  // the last kernel writes into the output itself
+  };
+
+  struct Layout {
+    std::vector<int64_t> key;
+    std::vector<Launch> launches;
+    std::vector<bool> direct;      // per input: its memory serves as the value's
+    std::vector<int64_t> offsets;  // per value, in the arena; -1: lives elsewhere, or nowhere
+    std::vector<Output> outputs;   // one per distinct output
+    int threads = 1;
+    bool parallel = false;
+    size_t arena = 0, scratch = 0;  // bytes; scratch per thread
+    const char* last_op = nullptr;
+  };
+
+  // Arenas at rest. As many as there were ever runs at once, none larger than was asked for.
+  class Pool {
+   public:
+    struct Block {
+      Memory memory;
+      size_t bytes = 0;
+    };
+    Block take(size_t bytes);
+    void give(Block block);
+
+   private:
+    std::mutex mutex_;
+    std::vector<Block> idle_;
+  };
+
+  std::string where(const char* op) const;
+  Slot value(Id id);
+  void record(const char* op, std::vector<Slot> reads, Id output,
+              std::function<Launch(const std::vector<Shape>&, int threads)> launch);
+
+  std::shared_ptr<const Layout> layout_for(const std::vector<at::Tensor>& inputs) const;
+  std::shared_ptr<const Layout> make_layout(const std::vector<at::Tensor>& inputs,
+                                            std::vector<int64_t> key) const;
+  static void place(Layout& layout, const std::vector<Shape>& shapes, int64_t element_bytes);
+  static void execute(const Layout& layout, Slots slots, char* scratch);
+
+  const cpu::Kernels& kernels_;
+  const cpu::Element element_;
+  bool finished_ = false;
+  std::vector<Step> steps_;
+  std::unordered_map<Id, Slot> slot_of_;
+  std::vector<Id> id_of_;                 // per value
+  std::vector<int64_t> defined_by_;       // per value: the step, or -1
+  std::vector<Slot> inputs_, outputs_;    // values
+  std::vector<Slot> distinct_outputs_;    // the same, each once
+  std::vector<size_t> output_index_;      // of outputs_ in distinct_outputs_
+
+  mutable std::mutex mutex_;
+  mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // the latest used first
+  mutable Pool pool_;
+};
+
+}  // namespace hgfast

@@ -1,0 +1,73 @@
+// The Python module hgfast._C: what is no op. Importing it also registers the ops (ops.cpp).
+// Python code asks hgfast/_native.py for it, which explains in words where it cannot be had.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "build_info.h"
+#include "cpu_plan.h"
+#include "watch.h"
+
+namespace {
+
+namespace py = pybind11;
+using hgfast::CpuPlan;
+
+std::vector<std::pair<std::string, bool>> isa_list() {
+  const hgfast::cpu::Isa* list = nullptr;
+  const int count = hgfast::cpu::isa_list(&list);
+  std::vector<std::pair<std::string, bool>> result;
+  for (int i = 0; i < count; ++i) result.emplace_back(list[i].name, list[i].runnable);
+  return result;
+}
+
+// Bound so that at::ValueError arrives as ValueError.
+template <class Function>
+auto translated(Function function) {
+  return torch::wrap_pybind_function(function);
+}
+
+void bind_cpu_plan(py::module_& m) {
+  using py::arg;
+  py::class_<CpuPlan>(m, "CpuPlan",
+                      "A network's steps over numbered values, weights packed once, run in one "
+                      "call. Record the steps, finish(), then run() from any thread.")
+      .def(py::init(translated([](const std::string& element) {
+             return std::make_unique<CpuPlan>(element);
+           })),
+           arg("element"))
+      .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
+           arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
+           arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none())
+      .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
+           arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(),
+           arg("stride") = std::pair<int64_t, int64_t>(1, 1),
+           arg("padding") = std::pair<int64_t, int64_t>(0, 0), arg("relu") = false,
+           arg("add") = py::none())
+      .def("max_pool", translated(&CpuPlan::max_pool), arg("input"), arg("output"))
+      .def("upsample_add", translated(&CpuPlan::upsample_add), arg("low"), arg("skip"),
+           arg("output"))
+      .def("add", translated(&CpuPlan::add), arg("a"), arg("b"), arg("output"))
+      .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"))
+      .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
+      .def_property_readonly("path", &CpuPlan::path,
+                             "The instruction set whose kernels the weights are packed for.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "hgfast's compiled part";
+  m.def("build_info", &hgfast::build_info, "What this module was built from and for.");
+  m.def("isa_list", translated(&isa_list),
+        "[(name, runnable)]: the instruction sets that were built, the best first, and whether "
+        "this machine can run each.");
+  m.def(
+      "last_path", [] { return hgfast::last_path().text(); },
+      "The kernel that ran last in this thread, \"<instruction set>/<op>\"; \"\" before the first.");
+  bind_cpu_plan(m);
+  hgfast::bind_watch(m);
+}
