@@ -32,7 +32,9 @@ class Residual(nn.Module):
         self.norm3 = nn.BatchNorm2d(middle)
         self.conv3 = nn.Conv2d(middle, out_channels, 1)
         self.project: nn.Module = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +190,13 @@ def hourglass(
     Raises:
         ValueError: an argument is out of its range.
     """
-    sizes = {"stacks": stacks, "features": features, "blocks": blocks, "depth": depth, "joints": joints}
+    sizes = {
+        "stacks": stacks,
+        "features": features,
+        "blocks": blocks,
+        "depth": depth,
+        "joints": joints,
+    }
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
