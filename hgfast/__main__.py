@@ -1,0 +1,7 @@
+"""`python -m hgfast`."""
+
+import sys
+
+from hgfast.cli import main
+
+sys.exit(main())
