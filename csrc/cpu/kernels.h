@@ -32,13 +32,13 @@ struct Work {
 struct BottleneckParams {
   Element element;
   int64_t batch, height, width;
-  int64_t in, middle, out;     // channels
-  const void* x;               // (batch, height, width, in)
-  const void* low;             // (batch, height / 2, width / 2, out), or null
-  void* y;                     // (batch, height, width, out); may not alias x or low
-  const float *scale, *shift;  // (in)
-  const void *w1, *w2, *w3, *wp;    // packed; wp null: identity shortcut
-  const float *b1, *b2, *b3, *bp;   // (middle), (middle), (out), (out)
+  int64_t in, middle, out;         // channels
+  const void* x;                   // (batch, height, width, in)
+  const void* low;                 // (batch, height / 2, width / 2, out), or null
+  void* y;                         // (batch, height, width, out); may not alias x or low
+  const float *scale, *shift;      // (in)
+  const void *w1, *w2, *w3, *wp;   // packed; wp null: identity shortcut
+  const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)
 };
 
 // y = act(conv(pre(x)) + bias) [+ add]; pre = relu(scale * x + shift) if scale, else x;
@@ -107,11 +107,13 @@ struct Kernels {
                const float* weight, void* packed);
 
   Work (*plan_bottleneck)(const BottleneckParams&, int threads);
-  void (*bottleneck)(const BottleneckParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  void (*bottleneck)(const BottleneckParams&, int threads, int64_t begin, int64_t end,
+                     void* scratch);
   Work (*plan_conv)(const ConvParams&, int threads);
   void (*conv)(const ConvParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
-  void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end,
+                       void* scratch);
   Work (*plan_max_pool)(const MaxPoolParams&, int threads);
   void (*max_pool)(const MaxPoolParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_add)(const AddParams&, int threads);

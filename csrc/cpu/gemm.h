@@ -1,0 +1,242 @@
+// Matrix products over pixels: C[slot][channel] = sum over k of A[slot][k] * B[k][channel],
+// finished (bias, ReLU, sums, rounding) while the tile of C is still in registers.
+//
+// A's rows are pixels of an activation in NHWC: for slot s, `taps` runs of `depth` values,
+// the first at a + at[s], the next `tap_stride` further on. So a 1x1 convolution is one run;
+// a 3x3 over a zero-padded map is three, each of three neighbours' channels; nothing is
+// gathered. Several segments, each with its own A and B, add up into one C: a block's last
+// convolution and its projected shortcut are one product.
+//
+// B is packed in panels of kPanel output channels: [panel][k][channel], zeros beyond the last
+// channel; a last panel of at most kLanes channels is that narrow.
+//
+// The kernel holds kRows x kPanel of C in registers over the whole of K. Per k it loads
+// kVectors registers of B and broadcasts kRows values of A, for kRows * kVectors fused
+// multiply-adds: with AVX-512, 16 loads for 28 FMAs, which two load ports and two FMA ports
+// finish in 14 cycles. B streams from L2 at 128 bytes per 14 cycles; a tile's rows of A stay in
+// L1 or follow from L2. A sum is formed in the order of k, whatever tile its pixel falls in.
+#pragma once
+
+#include "vec.h"
+
+namespace hgfast::cpu::HGFAST_ISA {
+
+// What a product over this operand type wants of its A.
+template <class Operand>
+struct Tiling;
+
+template <>
+struct Tiling<float> {
+  static constexpr int64_t kGroup = 1;  // slots whose rows must lie evenly spaced
+  static constexpr int64_t kDepth = 1;  // channels come in multiples of this
+};
+
+// A pixel's channels as an operand: padded with zeros.
+template <class Operand>
+constexpr int64_t padded(int64_t channels) {
+  return round_up(channels, Tiling<Operand>::kDepth);
+}
+
+// Products run over so many slots at a time: enough that a panel of B, once in L2, is used many
+// times; few enough that what lies between two products of a block stays in L2 as well.
+constexpr int64_t kBlock = 224;
+
+template <class Operand>
+struct Segment {
+  const Operand* a;
+  const int64_t* at;  // per slot, in elements
+  int64_t stride;     // from one slot of a group to the next, in elements
+  int64_t taps, tap_stride, depth;
+  const void* b;  // packed
+};
+
+template <class E>
+struct Epilogue {
+  const float* bias;
+  bool relu;
+  E* y;
+  const int64_t* y_at;     // per slot, in elements; negative: no pixel, nothing is stored
+  const E* add = nullptr;  // laid out like y
+  const E* low = nullptr;
+  const int64_t* low_at = nullptr;
+
+  // Finishes the sums of slots s, s + 1, ... and channels n, n + 1, ...
+  template <int M, int V, class Lanes>
+  void finish(Vec (&sum)[M][V], int64_t s, int64_t n, Lanes lanes) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec b = load(bias + n + v * kLanes, lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m][v] += b;
+    }
+    if (relu) each_sum(sum, [&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+    if (add) {
+      each_sum(sum,
+               [&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
+    }
+    if (low) {
+      each_sum(sum, [&](Vec& x, int m, int v) {
+        x += load(low + low_at[s + m] + n + v * kLanes, lanes);
+      });
+    }
+    each_sum(sum, [&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
+  }
+
+  // The same for a tile of sums in memory, with any number of channels.
+  void finish(const float* sums, int64_t row_stride, int64_t rows, int64_t channels, int64_t s,
+              int64_t n) const {
+    for (int64_t m = 0; m < rows; ++m) {
+      if (y_at[s + m] < 0) continue;
+      each(channels, [&](int64_t c, auto lanes) {
+        Vec sum[1][1] = {{load(sums + m * row_stride + c, Whole{})}};
+        finish(sum, s + m, n + c, lanes);
+      });
+    }
+  }
+
+ private:
+  template <int M, int V, class F>
+  static void each_sum(Vec (&sum)[M][V], F f) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) f(sum[m][v], m, v);
+    }
+  }
+};
+
+constexpr int kVectors = 2;
+constexpr int64_t kPanel = kVectors * kLanes;
+#if defined(__AVX512F__)
+constexpr int kRows = 14;  // 28 sums, 2 of B, the broadcasts: 32 registers
+#else
+constexpr int kRows = 6;  // 12 sums of 16 registers
+#endif
+
+// M slots from s0, V registers of channels from n0.
+template <int M, int V, class E>
+void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int64_t n0, int64_t n,
+                   const Epilogue<E>& epilogue) {
+  Vec sum[M][V] = {};
+  for (; segments > 0; --segments, ++segment) {
+    const float* row[M];
+    for (int m = 0; m < M; ++m) row[m] = segment->a + segment->at[s0 + m];
+    const float* b = static_cast<const float*>(segment->b) + n0 * segment->taps * segment->depth;
+    for (int64_t tap = 0; tap < segment->taps; ++tap) {
+      const int64_t first = tap * segment->tap_stride, last = first + segment->depth;
+      for (int64_t k = first; k < last; ++k, b += V * kLanes) {
+        Vec w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = load(b + v * kLanes, Whole{});
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vec a = splat(row[m][k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[m][v] = fma(a, w[v], sum[m][v]);
+        }
+      }
+    }
+  }
+  if (n - n0 >= V * kLanes) {
+    epilogue.finish(sum, s0, n0, Whole{});
+  } else {
+    float sums[M * V * kLanes];
+    memcpy(sums, sum, sizeof sums);
+    epilogue.finish(sums, V * kLanes, M, n - n0, s0, n0);
+  }
+}
+
+template <class E>
+using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t,
+                              const Epilogue<E>&);
+
+template <int V, class E, int M = kRows>
+MultiplyTile<E> tile_of(int64_t rows) {
+  if constexpr (M > 1) {
+    if (rows < M) return tile_of<V, E, M - 1>(rows);
+  }
+  return multiply_tile<M, V, E>;
+}
+
+// All slots by all n channels, finished by the epilogue.
+template <class E>
+void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n,
+          const Epilogue<E>& epilogue) {
+  // Tiles of even height: two of 8 rows keep the FMA ports busier than one of 14 and one of 2.
+  const int64_t rows = ceil_div(slots, ceil_div(slots, kRows));
+  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+    const bool narrow = n - n0 <= kLanes;
+    const auto choose = narrow ? tile_of<1, E> : tile_of<kVectors, E>;
+    for (int64_t s0 = 0; s0 < slots; s0 += rows)
+      choose(min(rows, slots - s0))(segment, segments, s0, n0, n, epilogue);
+  }
+}
+
+// Walks a map in rows: its place, kept by counting, since a division costs as much as a tile's k.
+struct Cursor {
+  int64_t row, column, across;
+
+  Cursor(int64_t index, int64_t across)
+      : row(index / across), column(index % across), across(across) {}
+  void next() {
+    if (++column == across) {
+      column = 0;
+      ++row;
+    }
+  }
+};
+
+// The order in which a product visits the pixels of a band: rows x columns of a map whose rows
+// lie `pitch` pixels apart. Where a group of slots would straddle two rows, the product runs
+// straight on through the gap between them, and those slots are no pixels.
+template <class Operand>
+struct Slots {
+  int64_t rows, columns, across;
+
+  Slots(int64_t rows, int64_t columns, int64_t pitch)
+      : rows(rows),
+        columns(columns),
+        across(columns % Tiling<Operand>::kGroup == 0 ? columns : pitch) {}
+  int64_t count() const { return (rows - 1) * across + columns; }
+  Cursor from(int64_t slot) const { return Cursor(slot, across); }
+  bool is_pixel(const Cursor& at) const { return at.row < rows && at.column < columns; }
+};
+
+// How a convolution's K lies in A and B: `runs` of `length` values, padded to `stride`.
+struct Depth {
+  int64_t runs, length, stride;
+  int64_t total() const { return runs * stride; }
+};
+
+// One run of channels per tap of the kernel; but a stem's 7x7 taps of 3 channels, padded each,
+// would be mostly padding, so there the whole window is one run.
+template <class Operand>
+constexpr Depth depth_of(int64_t in, int64_t kernel_h, int64_t kernel_w) {
+  const int64_t taps = kernel_h * kernel_w;
+  if (in < 16 && taps > 9) return {1, taps * in, padded<Operand>(taps * in)};
+  return {taps, in, padded<Operand>(in)};
+}
+
+}  // namespace hgfast::cpu::HGFAST_ISA
+
+#if defined(__AMX_TILE__) || defined(HGFAST_AMX_MODEL)
+#include "gemm_amx.h"
+#endif
+
+namespace hgfast::cpu::HGFAST_ISA {
+
+// What bfloat16 activations are multiplied as.
+#if defined(__AMX_TILE__) || defined(HGFAST_AMX_MODEL)
+using Bf16Operand = bf16;
+#else
+using Bf16Operand = float;
+struct ProductScope {};  // state that products need around them: none
+#endif
+
+// Runs f(operand, element) with values of the C++ types.
+template <class F>
+inline void with_types(Element element, F f) {
+  element == Element::float32 ? f(float{}, float{}) : f(Bf16Operand{}, bf16{});
+}
+
+}  // namespace hgfast::cpu::HGFAST_ISA

@@ -1,0 +1,29 @@
+// The table through which callers reach this instruction set's kernels.
+#include "table.h"
+
+#define HGFAST_STRING(x) #x
+#define HGFAST_NAME(x) HGFAST_STRING(x)
+
+namespace hgfast::cpu::HGFAST_ISA {
+
+extern const Kernels table;
+
+const Kernels table = {
+    .name = HGFAST_NAME(HGFAST_ISA),
+    .packed_bytes = packed_bytes,
+    .pack = pack,
+    .plan_bottleneck = plan_bottleneck,
+    .bottleneck = bottleneck,
+    .plan_conv = plan_conv,
+    .conv = conv,
+    .plan_upsample_add = plan_upsample_add,
+    .upsample_add = upsample_add,
+    .plan_max_pool = plan_max_pool,
+    .max_pool = max_pool,
+    .plan_add = plan_add,
+    .add = add,
+    .plan_decode = plan_decode,
+    .decode = decode,
+};
+
+}  // namespace hgfast::cpu::HGFAST_ISA

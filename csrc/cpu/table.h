@@ -1,0 +1,24 @@
+// One instruction set's kernels, defined in the file that each is named after.
+#pragma once
+
+#include "common.h"
+
+namespace hgfast::cpu::HGFAST_ISA {
+
+size_t packed_bytes(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+void pack(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w, const float* weight,
+          void* packed);
+
+#define HGFAST_KERNEL(name, Params)             \
+  Work plan_##name(const Params&, int threads); \
+  void name(const Params&, int threads, int64_t begin, int64_t end, void* scratch)
+
+HGFAST_KERNEL(bottleneck, BottleneckParams);
+HGFAST_KERNEL(conv, ConvParams);
+HGFAST_KERNEL(upsample_add, UpsampleAddParams);
+HGFAST_KERNEL(max_pool, MaxPoolParams);
+HGFAST_KERNEL(add, AddParams);
+HGFAST_KERNEL(decode, DecodeParams);
+#undef HGFAST_KERNEL
+
+}  // namespace hgfast::cpu::HGFAST_ISA

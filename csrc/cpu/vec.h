@@ -1,0 +1,117 @@
+// A register of float32 lanes, as wide as the instruction set at hand.
+//
+// GCC's vector extensions give arithmetic and conversions on every architecture; only the
+// fused multiply-add needs a name per instruction set. It is spelled out everywhere, never
+// left to contraction, so that one expression rounds alike wherever it is inlined.
+//
+// Loads and stores come in two kinds: Whole registers, and the Part of one that a row's end
+// needs. each() walks a row with the first and ends it with the second.
+#pragma once
+
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace hgfast::cpu::HGFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vec splat(float x) { return x - Vec{}; }  // x + 0 would lose the sign of -0
+
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// NaN stays NaN, as in torch: 0 > NaN is false.
+inline Vec relu(Vec x) { return 0.0f > x ? Vec{} : x; }
+
+// The larger of two, NaN if either is.
+inline Vec maximum(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+
+// To bfloat16, round to nearest even. A NaN's payload may sit in the bits that are cut off,
+// so it gets its quiet bit set.
+inline Halves to_bf16(Vec x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh(x);
+#else
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves);
+#endif
+}
+
+inline Vec from_bf16(Halves x) { return (Vec)(__builtin_convertvector(x, Bits) << 16); }
+
+struct Whole {
+  static constexpr int count = kLanes;
+};
+struct Part {
+  int count;  // 1 ... kLanes - 1
+};
+
+template <class Register, class T, class Lanes>
+inline Register read(const T* p, Lanes lanes) {
+  Register r{};
+  memcpy(&r, p, lanes.count * sizeof(T));
+  return r;
+}
+
+template <class Lanes>
+inline Vec load(const float* p, Lanes lanes) {
+  return read<Vec>(p, lanes);
+}
+template <class Lanes>
+inline Vec load(const bf16* p, Lanes lanes) {
+  return from_bf16(read<Halves>(p, lanes));
+}
+template <class Lanes>
+inline void store(float* p, Vec x, Lanes lanes) {
+  memcpy(p, &x, lanes.count * sizeof(float));
+}
+template <class Lanes>
+inline void store(bf16* p, Vec x, Lanes lanes) {
+  const Halves halves = to_bf16(x);
+  memcpy(p, &halves, lanes.count * sizeof(bf16));
+}
+
+// f(i, lanes) for each register's worth of `count` elements.
+template <class F>
+inline void each(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, Whole{});
+  if (i < count) f(i, Part{static_cast<int>(count - i)});
+}
+
+// Runs f with a value of the C++ type that `element` stands for.
+template <class F>
+inline void with_element(Element element, F f) {
+  element == Element::float32 ? f(float{}) : f(bf16{});
+}
+
+}  // namespace hgfast::cpu::HGFAST_ISA
