@@ -1,0 +1,308 @@
+"""The public verbs: optimize, restore, refresh, warmup."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hgfast._warnings import HgfastWarning
+from hgfast.plan import output_values
+from hgfast.recognition import recognise, tensors_of
+from hgfast.region import DISABLE, Notices, Region, regions_of
+from hgfast.reporting import Skipped
+from hgfast.runtime import cpu
+from hgfast.trace import TraceError
+
+PRECISIONS = ("highest", "high", "medium")
+
+#: A region whose relative L2 difference from eager on the example exceeds this is not swapped
+#: in. Wide on purpose: it catches a wrong structure; ``hgfast.verify`` judges accuracy.
+_PLAUSIBLE = {"float32": 1e-4, "bfloat16": 1e-1}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class OptimizationError(RuntimeError):
+    """Nothing could be replaced, and ``strict=True`` asked for an error in that case."""
+
+
+@dataclass
+class Optimization:
+    """What an optimised model remembers, as a plain attribute of its root."""
+
+    precision: str
+    skipped: list[Skipped]
+    notices: Notices
+
+
+_ATTRIBUTE = "_hgfast"
+
+
+def optimization_of(model: nn.Module) -> Optimization | None:
+    """What :func:`optimize` left on ``model``, or None for a model that is not optimised."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, Optimization) else None
+
+
+def precision_of(model: nn.Module) -> str | None:
+    """The precision ``model`` was optimised for, or None for a model that is not optimised."""
+    optimization = optimization_of(model)
+    return optimization.precision if optimization else None
+
+
+def optimize(
+    model: Model,
+    precision: str | None = None,
+    inplace: bool = False,
+    strict: bool = False,
+    example: Tensor | Sequence[Tensor] | None = None,
+) -> Model:
+    """Swap hgfast's kernels into a model, wherever its structure is recognised.
+
+    The result is called like the model, returns what the model returns, in the same container
+    and dtype, and has the same class, parameters and state_dict. Weights may change afterwards:
+    packed weights are caches that follow ``load_state_dict``, replaced parameters, ``.to()`` and
+    in-place edits. In training mode, or where gradients are wanted, the eager forward runs.
+
+    Args:
+        model: any module. Recognition is by structure, never by class or name.
+        precision: "highest": float32 arithmetic; "high": float32-grade results; "medium":
+            bfloat16 operands, float32 sums. Inputs and outputs keep the model's dtype. None
+            follows ``torch.get_float32_matmul_precision()``. A bfloat16 model runs in bfloat16.
+        inplace: change ``model`` itself. Otherwise an independent copy is returned and
+            ``model`` is never touched.
+        strict: raise if nothing could be replaced, instead of warning.
+        example: an input (or a sequence of inputs) of the model. Modules that cannot be traced
+            symbolically are then traced with real shapes, and every region is compared with
+            eager on this example before it is swapped in.
+
+    Returns:
+        The optimised model. ``hgfast.report`` says what was replaced.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example`` not made of tensors.
+        ValueError: ``precision`` is unknown, or ``model`` cannot be deep-copied.
+        OptimizationError: nothing was replaced and ``strict`` is set.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if precision is None:
+        precision = torch.get_float32_matmul_precision()
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    inputs = _example_inputs(example)
+    if precision_of(model) == precision and regions_of(model):
+        return model if inplace else _copy(model)
+
+    target = model if inplace else _copy(model)
+    restore(target)
+    optimization = Optimization(precision, [], Notices())
+    if os.environ.get(DISABLE, "0") not in ("", "0"):
+        optimization.skipped.append(Skipped("", f"{DISABLE} is set"))
+        target.__dict__[_ATTRIBUTE] = optimization
+        return target
+
+    regions = _find_regions(target, optimization, inputs)
+    if inputs is not None:
+        regions = _plausible(target, regions, inputs, optimization)
+    if not regions:
+        reason = optimization.skipped[0].reason if optimization.skipped else "it is empty"
+        message = f"hgfast.optimize replaced nothing in {type(model).__name__}, because {reason}"
+        if strict:
+            raise OptimizationError(message)
+        warnings.warn(message, HgfastWarning, stacklevel=2)
+    target.__dict__[_ATTRIBUTE] = optimization
+    for region in regions:
+        region.install()
+    return target
+
+
+def restore(fast: Model) -> Model:
+    """Make an optimised model the eager model again, in place.
+
+    Also to be called before a whole model is saved for machines without hgfast. Returns
+    ``fast``; a model that is not optimised is returned as it is.
+    """
+    for module in fast.modules():
+        if isinstance(module.__dict__.get("forward"), Region):
+            del module.__dict__["forward"]
+        module.__dict__.pop(_ATTRIBUTE, None)
+    return fast
+
+
+def refresh(fast: Model) -> Model:
+    """Pack the weights anew after a change that nothing can notice.
+
+    Writes through ``tensor.data`` or a NumPy view, in-place edits of inference tensors, and
+    changed module settings (``eps``) are of that kind. Returns ``fast``.
+    """
+    for region in regions_of(fast):
+        region.recognise()
+    return fast
+
+
+def warmup(fast: Model, shapes: Sequence[int] | Iterable[Sequence[int]]) -> Model:
+    """Run ``fast`` once on zeros of each shape, so that later calls find everything prepared.
+
+    Args:
+        fast: an optimised model with one input.
+        shapes: one input shape (B, C, H, W), or several.
+
+    Returns:
+        ``fast``.
+    """
+    listed: list[Any] = list(shapes)
+    every = [listed] if listed and isinstance(listed[0], int) else listed
+    first = next(iter(tensors_of(fast).values()), torch.empty(0))
+    with torch.inference_mode():
+        for shape in every:
+            fast(torch.zeros(tuple(shape), dtype=first.dtype, device=first.device))
+    return fast
+
+
+def _copy(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be deep-copied ({error}); pass inplace=True"
+        ) from error
+
+
+def _example_inputs(example: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+    if example is None:
+        return None
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    for item in inputs:
+        if not isinstance(item, Tensor):
+            raise TypeError(f"example must be a tensor or a sequence of them, got {type(item).__name__}")
+    return inputs
+
+
+# --- which modules become regions -----------------------------------------------------------
+
+
+def _find_regions(
+    model: nn.Module, optimization: Optimization, inputs: tuple[Tensor, ...] | None
+) -> list[Region]:
+    """The largest modules that can be expressed as a Plan. Changes nothing."""
+    examples = _inputs_of_modules(model, inputs) if inputs else {}
+    regions: list[Region] = []
+    visited: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in visited:
+            return
+        visited.add(id(module))
+        try:
+            if "forward" in module.__dict__:
+                raise TraceError("it has a forward of its own, set on the instance")
+            plan = recognise(module, examples.get(module))
+        except TraceError as error:
+            if module is model or not _is_layer(module):
+                optimization.skipped.append(Skipped(name, str(error)))
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+            return
+        weights = tensors_of(module)
+        reason = cpu.unsupported({key: weights[key] for key in plan.weights})
+        if reason:
+            optimization.skipped.append(Skipped(name, reason))
+        else:
+            regions.append(
+                Region(module, name, plan, optimization.precision, optimization.notices)
+            )
+
+    visit(model, "")
+    return regions
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """One of PyTorch's own layers: not worth a line in the report."""
+    return type(module).__module__.startswith("torch.nn")
+
+
+def _inputs_of_modules(
+    model: nn.Module, inputs: tuple[Tensor, ...]
+) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """What each module was called with first while the model ran on ``inputs``."""
+    seen: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kwargs and args and all(isinstance(arg, Tensor) for arg in args):
+            seen.setdefault(module, args)
+
+    handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in model.modules()]
+    try:
+        _run_in_evaluation_mode(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _plausible(
+    model: nn.Module,
+    regions: list[Region],
+    inputs: tuple[Tensor, ...],
+    optimization: Optimization,
+) -> list[Region]:
+    """The regions that agree with eager on what reaches them when ``model`` runs on ``inputs``."""
+    wrong: dict[Region, str] = {}
+
+    def compare(region: Region, args: tuple[Any, ...], output: Any) -> None:
+        executor = region.pack().executor
+        assert executor is not None  # or it would not be a region
+        try:
+            values = executor.run(args)
+        except ValueError as error:
+            wrong[region] = str(error)
+            return
+        results = [values[number] for number in output_values(region.plan.outputs)]
+        expected = torch.utils._pytree.tree_leaves(output)
+        limit = _PLAUSIBLE[executor.backend.split()[-1]]
+        for result, eager in zip(results, expected, strict=True):
+            error = _relative_error(result, eager)
+            if not error <= limit:  # a NaN is no agreement either
+                wrong[region] = f"its outputs differ from eager's by {error:.1e} on the example"
+
+    handles = [
+        region.module.register_forward_hook(
+            lambda _, args, output, region=region: compare(region, args, output)
+        )
+        for region in regions
+    ]
+    try:
+        _run_in_evaluation_mode(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimization.skipped += [Skipped(region.name, reason) for region, reason in wrong.items()]
+    return [region for region in regions if region not in wrong]
+
+
+def _relative_error(result: Tensor, expected: Tensor) -> float:
+    if result.shape != expected.shape:
+        return float("inf")
+    expected = expected.double()
+    scale = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((result.double() - expected).norm() / scale)
+
+
+def _run_in_evaluation_mode(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            model(*inputs)
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,44 @@
+"""From a module to a Plan: trace it, then read the graph."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hgfast.patterns import read_plan
+from hgfast.plan import Plan
+from hgfast.trace import TraceError, trace, trace_with_example
+
+#: Steps that make a Plan worth running: a lone convolution gains nothing over PyTorch's.
+FUSED = frozenset({"bottleneck", "upsample_add"})
+
+
+def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> Plan:
+    """Read what ``module`` computes at inference as a Plan.
+
+    Args:
+        module: any module; it is left as it was.
+        example: inputs to trace with where symbolic tracing fails. Such a Plan holds for the
+            example's shapes only.
+
+    Raises:
+        TraceError: the module cannot be expressed as a Plan, or has nothing to fuse; the
+            message completes the sentence "left as it is, because ...".
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
+    try:
+        plan = read_plan(trace(module), shapes)
+    except TraceError:
+        if example is None:
+            raise
+        plan = read_plan(trace_with_example(module, example), shapes)
+    if not any(step.kind in FUSED for step in plan.steps):
+        raise TraceError("it has no block that could be fused")
+    return plan
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every qualified name it goes by."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

@@ -1,0 +1,238 @@
+"""A region: one optimised module, its Plan behind its forward.
+
+A region is a plain object set as the instance's ``forward``. It is no submodule, so class,
+parameters, buffers and state_dict stay what they were; it deep-copies and pickles with its
+module, and taking it away restores the eager model. It owns caches only.
+
+Every call first asks whether the fast path may run. Where it may not, the eager forward of
+the module's class runs instead: the answer is always the one eager would give.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from hgfast import _native
+from hgfast._warnings import HgfastWarning
+from hgfast.plan import Plan, fill_outputs
+from hgfast.recognition import recognise, tensors_of
+from hgfast.runtime import cpu, public_ops
+from hgfast.trace import TraceError
+
+DISABLE = "HGFAST_DISABLE"
+
+#: Findings of Watch (csrc/watch.cpp) that mean eager for this call, in words.
+_EAGER_FINDINGS = {
+    "hook": "a module inside it has a forward hook",
+    "training": "it is in training mode",
+    "gradient": "gradients are enabled and a parameter requires them (use torch.inference_mode())",
+}
+
+
+@dataclass
+class Notices:
+    """Why eager ran, each reason once for one optimised model, as a warning and in the report."""
+
+    seen: dict[str, str] = field(default_factory=dict)  # reason -> name of the first region
+
+    def add(self, region: str, reason: str) -> None:
+        if reason not in self.seen:
+            self.seen[reason] = region
+            where = f"module {region!r}" if region else "the model"
+            warnings.warn(
+                f"hgfast runs {where} eagerly, because {reason}", HgfastWarning, stacklevel=2
+            )
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a region derived from its module's weights; replaced as a whole when they change."""
+
+    watch: Any
+    executor: cpu.CpuExecutor | None
+    reason: str | None  # why there is no executor
+    dtype: torch.dtype | None
+
+
+class Region:
+    """The forward of an optimised module.
+
+    Attributes:
+        module: the module whose forward this is.
+        name: its qualified name in the optimised model, "" for the model itself.
+        plan: what is run.
+        precision: "highest", "high" or "medium".
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, plan: Plan, precision: str, notices: Notices
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.plan = plan
+        self.precision = precision
+        self._notices = notices
+        self._lock = threading.RLock()
+        self._state: _State | None = None
+
+    # Caches and locks stay behind when a model is copied or pickled.
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_state")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock(), _state=None)
+
+    def install(self) -> None:
+        """Put the region behind its module's forward."""
+        self.module.forward = self
+        self.pack()
+
+    def pack(self) -> _State:
+        """Derive everything from the weights as they are now."""
+        with self._lock:
+            native = _native.load()
+            weights = tensors_of(self.module)
+            used = {name: weights[name] for name in self.plan.weights}
+            reason = cpu.unsupported(used)
+            # The snapshot comes first: what changes while packing is noticed at the next call.
+            watch = native.Watch(_watched(self.module)) if native else None
+            executor = None if reason else cpu.CpuExecutor(self.plan, used, self.precision)
+            dtype = next(iter(used.values())).dtype
+            self._state = _State(watch, executor, reason, dtype)
+            return self._state
+
+    def recognise(self) -> _State:
+        """Read the module anew, after something in it was replaced."""
+        with self._lock:
+            try:
+                self.plan = recognise(self.module)
+            except TraceError as error:
+                native = _native.load()
+                watch = native.Watch(_watched(self.module)) if native else None
+                self._state = _State(watch, None, f"since it was changed, {error}", None)
+                return self._state
+            return self.pack()
+
+    @property
+    def backend(self) -> str:
+        """What runs the Plan, in a few words."""
+        state = self._state or self.pack()
+        return state.executor.backend if state.executor else "eager"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._record(args, kwargs)
+        state = self._state or self.pack()
+        inputs = self._bind(args, kwargs) if kwargs else args
+        reason = self._obstacle(state, inputs)
+        if reason is None:
+            finding = state.watch.check(torch.is_grad_enabled())
+            if finding:
+                state, reason = self._react(_native.load().Finding(finding).name)  # type: ignore[union-attr]
+        if reason is None and state.executor is not None:
+            try:
+                values = state.executor.run(inputs)
+            except ValueError as error:  # shapes that do not fit: eager has the last word
+                reason = str(error)
+            else:
+                return fill_outputs(self.plan.outputs, values)
+        outputs = self.eager(*args, **kwargs)  # where the input is wrong, this raises
+        self._notices.add(self.name, reason or state.reason or "it has no executor")
+        return outputs
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        signature = inspect.signature(type(self.module).forward)
+        return signature.bind(self.module, *args, **kwargs).args[1:]
+
+    def _obstacle(self, state: _State, inputs: tuple[Any, ...]) -> str | None:
+        """Why this call cannot take the fast path, as far as the call itself tells."""
+        if state.executor is None and state.reason and state.watch is None:
+            return state.reason
+        if DISABLE in os.environ and os.environ[DISABLE] not in ("", "0"):
+            return f"{DISABLE} is set"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is enabled"
+        if (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or forward_ad._current_level >= 0
+        ):
+            return "something is following PyTorch's operations (a trace, transform or dispatch mode)"
+        if len(inputs) != len(self.plan.inputs):
+            return f"it was traced with {len(self.plan.inputs)} inputs and called with {len(inputs)}"
+        for x in inputs:
+            if type(x) not in (Tensor, nn.Parameter):
+                return f"an input is a {type(x).__name__}"
+            if x.dim() != 4 or x.layout is not torch.strided:
+                return "an input is not a dense tensor (B, C, H, W)"
+            if x.dtype is not state.dtype and state.dtype is not None:
+                return f"an input is {x.dtype} and its weights are {state.dtype}"
+            if not x.is_cpu:
+                return f"an input is on {x.device}"
+            if x.requires_grad and torch.is_grad_enabled():
+                return "gradients are enabled and an input requires them"
+        expected = self.plan.input_shapes
+        if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
+            return f"it was recognised for inputs of shape {expected}"
+        return None
+
+    def _react(self, finding: str) -> tuple[_State, str | None]:
+        """Follow what the watch noticed: the state to go on with, or why eager must run."""
+        if finding in _EAGER_FINDINGS:
+            state = self._state or self.pack()
+            return state, _EAGER_FINDINGS[finding]
+        state = self.recognise() if finding == "structure" else self.pack()
+        # Whatever else is true of the module, the fresh snapshot says.
+        finding = _native.load().Finding(state.watch.check(torch.is_grad_enabled())).name  # type: ignore[union-attr]
+        return state, _EAGER_FINDINGS.get(finding, state.reason)
+
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward while torch.compile or torch.export records it."""
+        inputs = self._bind(args, kwargs) if kwargs else args
+        fits = (
+            not self.module.training
+            and not torch.is_grad_enabled()
+            and len(inputs) == len(self.plan.inputs)
+            and all(isinstance(x, Tensor) and x.dim() == 4 and x.is_cpu for x in inputs)
+            and inputs[0].dtype in (torch.float32, torch.bfloat16)
+        )
+        if not fits or _native.load() is None:
+            return self.eager(*args, **kwargs)
+        weights = {name: _tensor(self.module, name) for name in self.plan.weights}
+        values = public_ops.run(self.plan, weights, inputs, self.precision)
+        return fill_outputs(self.plan.outputs, values)
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _watched(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module of the region, and whether training mode changes what it does."""
+    modal = (_BatchNorm, _DropoutNd)
+    return [(child, child is module or isinstance(child, modal)) for child in module.modules()]
+
+
+def regions_of(model: nn.Module) -> list[Region]:
+    """The regions in a model, each once, from the root down."""
+    forwards = (child.__dict__.get("forward") for child in model.modules())
+    return [forward for forward in forwards if isinstance(forward, Region)]
