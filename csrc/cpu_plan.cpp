@@ -225,17 +225,20 @@ void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outpu
     for (const Slot slot : step.reads)
       TORCH_CHECK_VALUE(is_input[slot] || defined_by_[slot] >= 0, step.where, ": value ",
                         id_of_[slot], " is neither an input nor the output of an earlier step");
+  std::vector<Slot> distinct;
+  std::vector<size_t> index;
   for (const Id id : outputs) {
     const auto entry = slot_of_.find(id);
-    TORCH_CHECK_VALUE(entry != slot_of_.end() &&
-                          (is_input[entry->second] || defined_by_[entry->second] >= 0),
+    const Slot slot = entry == slot_of_.end() ? -1 : entry->second;
+    TORCH_CHECK_VALUE(slot >= 0 && (is_input[slot] || defined_by_[slot] >= 0),
                       "CpuPlan: output value ", id, " is neither an input nor the output of a step");
-    const auto seen =
-        std::find(distinct_outputs_.begin(), distinct_outputs_.end(), entry->second);
-    output_index_.push_back(seen - distinct_outputs_.begin());
-    if (seen == distinct_outputs_.end()) distinct_outputs_.push_back(entry->second);
+    const auto seen = std::find(distinct.begin(), distinct.end(), slot);
+    index.push_back(seen - distinct.begin());
+    if (seen == distinct.end()) distinct.push_back(slot);
   }
   inputs_ = std::move(input_slots);
+  distinct_outputs_ = std::move(distinct);
+  output_index_ = std::move(index);
   finished_ = true;
 }
 

@@ -130,9 +130,9 @@ class CpuPlan {
   std::unordered_map<Id, Slot> slot_of_;
   std::vector<Id> id_of_;                 // per value
   std::vector<int64_t> defined_by_;       // per value: the step, or -1
-  std::vector<Slot> inputs_, outputs_;    // values
-  std::vector<Slot> distinct_outputs_;    // the same, each once
-  std::vector<size_t> output_index_;      // of outputs_ in distinct_outputs_
+  std::vector<Slot> inputs_;              // values
+  std::vector<Slot> distinct_outputs_;    // values, each once
+  std::vector<size_t> output_index_;      // per output: which of the distinct ones
 
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // the latest used first

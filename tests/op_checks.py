@@ -1,0 +1,185 @@
+"""What the tests of the ops share: each op in plain PyTorch, random weights, and when two maps agree.
+
+The functions named ``*_reference`` are the specification. They compute in the dtype they are
+given: in float64 they are the judge, in bfloat16 they are what eager PyTorch would give.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgfast import _native
+
+native: Any = _native.load()
+needs_native = pytest.mark.skipif(
+    native is None, reason=f"without the compiled part there are no ops: {_native.reason}"
+)
+
+Weights = dict[str, Tensor]
+MAP_DTYPES = [torch.float32, torch.bfloat16]
+
+
+# ---- the ops in plain PyTorch ----
+
+
+def _per_channel(t: Tensor) -> Tensor:
+    return t[:, None, None]
+
+
+def bottleneck_reference(x: Tensor, w: Weights, low: Tensor | None = None) -> Tensor:
+    t = F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
+    t = F.relu(F.conv2d(t, w["w1"], w["b1"]))
+    t = F.relu(F.conv2d(t, w["w2"], w["b2"], padding=1))
+    y = F.conv2d(t, w["w3"], w["b3"])
+    y = y + (F.conv2d(x, w["wp"], w["bp"]) if "wp" in w else x)
+    return y if low is None else upsample_add_reference(low, y)
+
+
+def conv_reference(
+    x: Tensor,
+    w: Weights,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    relu: bool = False,
+    add: Tensor | None = None,
+) -> Tensor:
+    if "scale" in w:
+        x = F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
+    y = F.conv2d(x, w["weight"], w["bias"], stride, padding)
+    if relu:
+        y = F.relu(y)
+    return y if add is None else y + add
+
+
+def upsample_add_reference(low: Tensor, skip: Tensor) -> Tensor:
+    return skip + low.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+
+def decode_reference(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    """One heatmap at a time, by the words of the docstring of ``hgfast.ops.decode``."""
+    batch, joints, height, width = heatmaps.shape
+    coords = torch.zeros(batch, joints, 2)
+    scores = torch.empty(batch, joints)
+    for b in range(batch):
+        for k in range(joints):
+            heatmap = heatmaps[b, k].float()
+            score = heatmap.max()  # NaN if one is there
+            scores[b, k] = score
+            if not score > 0:
+                continue
+            y, x = divmod(int((heatmap == score).flatten().int().argmax()), width)
+            dx = dy = 0.0
+            if 1 < x < width - 1 and 1 < y < height - 1:
+                dx = 0.25 * float(torch.sign(heatmap[y, x + 1] - heatmap[y, x - 1]))
+                dy = 0.25 * float(torch.sign(heatmap[y + 1, x] - heatmap[y - 1, x]))
+            coords[b, k, 0], coords[b, k, 1] = x + dx, y + dy
+    return coords, scores
+
+
+# ---- inputs ----
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def bottleneck_weights(
+    channels_in: int, middle: int, out: int, *, project: bool | None = None, seed: int = 0
+) -> Weights:
+    """Weights that keep the size of what passes through; projected where the channels change."""
+    g = generator(seed)
+
+    def convolution(o: int, i: int, k: int) -> Tensor:
+        return torch.randn(o, i, k, k, generator=g) * (2 / (i * k * k)) ** 0.5
+
+    w = {
+        "scale": 0.5 + torch.rand(channels_in, generator=g),
+        "shift": 0.5 * torch.randn(channels_in, generator=g),
+        "w1": convolution(middle, channels_in, 1),
+        "b1": 0.1 * torch.randn(middle, generator=g),
+        "w2": convolution(middle, middle, 3),
+        "b2": 0.1 * torch.randn(middle, generator=g),
+        "w3": convolution(out, middle, 1),
+        "b3": 0.1 * torch.randn(out, generator=g),
+    }
+    if channels_in != out if project is None else project:
+        w["wp"] = convolution(out, channels_in, 1)
+        w["bp"] = 0.1 * torch.randn(out, generator=g)
+    return w
+
+
+def conv_weights(
+    channels_in: int, out: int, kernel: tuple[int, int], *, norm: bool = False, seed: int = 0
+) -> Weights:
+    g = generator(seed)
+    fan = channels_in * kernel[0] * kernel[1]
+    w = {
+        "weight": torch.randn(out, channels_in, *kernel, generator=g) * (2 / fan) ** 0.5,
+        "bias": 0.1 * torch.randn(out, generator=g),
+    }
+    if norm:
+        w["scale"] = 0.5 + torch.rand(channels_in, generator=g)
+        w["shift"] = 0.5 * torch.randn(channels_in, generator=g)
+    return w
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    return {name: t.to(dtype) for name, t in weights.items()}
+
+
+LAYOUTS = ["nchw", "channels_last", "sliced"]
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout; "sliced" is neither dense nor aligned."""
+    if layout == "nchw":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    b, c, h, w = x.shape
+    roomy = torch.full((b, c + 1, h + 2, 2 * w + 1), torch.nan, dtype=x.dtype)
+    roomy[:, 1:, 1:-1, 1::2] = x
+    return roomy[:, 1:, 1:-1, 1::2]
+
+
+def random_map(
+    *shape: int, dtype: torch.dtype = torch.float32, layout: str = "nchw", seed: int = 1
+) -> Tensor:
+    return laid_out(torch.randn(shape, generator=generator(seed)).to(dtype), layout)
+
+
+# ---- agreement ----
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def assert_close_float32(out: Tensor, reference: Tensor, limit: float = 1e-5) -> None:
+    """The largest error, relative to the largest value, is what float32 allows."""
+    assert out.dtype == torch.float32
+    assert reference.dtype == torch.float64
+    assert out.shape == reference.shape
+    if out.numel() == 0:
+        return
+    error = (out.double() - reference).abs().max() / reference.abs().max().clamp_min(1e-30)
+    assert error <= limit, f"relative error {error:.2e}"
+
+
+def assert_close_bfloat16(
+    out: Tensor, eager: Tensor, reference: Tensor, atol: float = 1e-3
+) -> None:
+    """The error is at most twice that of eager bfloat16, at the worst place and in the mean."""
+    assert out.dtype == eager.dtype == torch.bfloat16
+    assert reference.dtype == torch.float64
+    assert out.shape == reference.shape
+    if out.numel() == 0:
+        return
+    ours, theirs = (out.double() - reference).abs(), (eager.double() - reference).abs()
+    assert ours.max() <= 2 * theirs.max() + atol, f"{ours.max():.3e} against {theirs.max():.3e}"
+    assert ours.mean() <= 2 * theirs.mean() + atol, f"{ours.mean():.3e} against {theirs.mean():.3e}"
