@@ -77,7 +77,7 @@ def bottleneck(
         ``(batch, out, height, width)``, channels_last, in the dtype of ``x``.
 
     Raises:
-        ValueError: a shape or a dtype is not as above; the message tells the expected and the given.
+        ValueError: a shape or dtype is not as above; the message tells the expected and the given.
         RuntimeError: hgfast was installed without its compiled part.
     """
     _require()
@@ -123,7 +123,7 @@ def conv(
         ``out_height = (height + 2 * padding - kernel) // stride + 1``, the width likewise.
 
     Raises:
-        ValueError: a shape or a dtype is not as above; the message tells the expected and the given.
+        ValueError: a shape or dtype is not as above; the message tells the expected and the given.
         RuntimeError: hgfast was installed without its compiled part.
     """
     _require()
@@ -157,10 +157,10 @@ def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
 
     ``"quarter"`` is the rule of Newell et al. (arXiv 1603.06937): a joint is at the heatmap's
     maximum (the first of equals, row by row), moved by a quarter of a pixel, in x and in y, towards
-    the higher of the two neighbours. Where the maximum is at a border or one pixel from it (not
-    ``1 < x < width - 1`` and ``1 < y < height - 1``), nothing is moved. A heatmap without a positive
-    value is an invisible joint: coordinates (0, 0), score as it is. With a NaN in it: coordinates
-    (0, 0), score NaN.
+    the higher of the two neighbours; not where the maximum is too near the border, unless
+    ``1 < x < width - 1`` and ``1 < y < height - 1``. A heatmap without a positive value is an
+    invisible joint: coordinates (0, 0), score as it is. With a NaN in it: coordinates (0, 0), score
+    NaN.
 
     Args:
         heatmaps: ``(batch, joints, height, width)``; float32, bfloat16 or float16; any strides.

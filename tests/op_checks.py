@@ -1,4 +1,4 @@
-"""What the tests of the ops share: each op in plain PyTorch, random weights, and when two maps agree.
+"""What the tests of the ops share: each op in plain PyTorch, inputs, and when two maps agree.
 
 The functions named ``*_reference`` are the specification. They compute in the dtype they are
 given: in float64 they are the judge, in bfloat16 they are what eager PyTorch would give.
@@ -22,6 +22,7 @@ needs_native = pytest.mark.skipif(
 
 Weights = dict[str, Tensor]
 MAP_DTYPES = [torch.float32, torch.bfloat16]
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # as CpuPlan knows them
 
 
 # ---- the ops in plain PyTorch ----
@@ -183,3 +184,62 @@ def assert_close_bfloat16(
     ours, theirs = (out.double() - reference).abs(), (eager.double() - reference).abs()
     assert ours.max() <= 2 * theirs.max() + atol, f"{ours.max():.3e} against {theirs.max():.3e}"
     assert ours.mean() <= 2 * theirs.mean() + atol, f"{ours.mean():.3e} against {theirs.mean():.3e}"
+
+
+# ---- a small hourglass: a stem, one level, heatmaps, and their way back into the features ----
+
+CHANNELS, JOINTS = 24, 5
+STEM = conv_weights(3, CHANNELS, (7, 7), seed=1)
+SKIP = bottleneck_weights(CHANNELS, 12, CHANNELS, seed=2)
+DOWN = bottleneck_weights(CHANNELS, 12, CHANNELS, seed=3)
+UP = bottleneck_weights(CHANNELS, 12, CHANNELS, seed=4)
+WIDEN = bottleneck_weights(CHANNELS, 20, 40, seed=5)
+HEAD = conv_weights(40, JOINTS, (1, 1), norm=True, seed=6)
+BACK = conv_weights(JOINTS, CHANNELS, (1, 1), seed=7)
+
+
+def small_hourglass(element: str) -> Any:
+    """Values are numbered as the caller likes. Outputs: an end, a middle that is used later, and
+    the same end again."""
+    plan = native.CpuPlan(element)
+    plan.conv(100, 1, **STEM, stride=(2, 2), padding=(3, 3), relu=True)
+    plan.max_pool(1, 2)
+    plan.bottleneck(2, 3, **DOWN)
+    plan.bottleneck(1, 4, **SKIP)
+    plan.upsample_add(3, 4, 5)
+    plan.bottleneck(1, 6, **UP, low=3)
+    plan.add(5, 6, 7)
+    plan.bottleneck(7, 8, **WIDEN)
+    plan.conv(8, 9, **HEAD)
+    plan.conv(9, 10, **BACK, add=7)
+    plan.finish(inputs=[100], outputs=[10, 9, 10])
+    return plan
+
+
+def small_hourglass_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    stem, skip, down, up, widen, head, back = (
+        cast(w, x.dtype) for w in (STEM, SKIP, DOWN, UP, WIDEN, HEAD, BACK)
+    )
+    full = conv_reference(x, stem, 2, 3, relu=True)
+    low = bottleneck_reference(torch.max_pool2d(full, 2), down)
+    both = upsample_add_reference(low, bottleneck_reference(full, skip)) + bottleneck_reference(
+        full, up, low
+    )
+    heatmaps = conv_reference(bottleneck_reference(both, widen), head)
+    return conv_reference(heatmaps, back, add=both), heatmaps
+
+
+def check_small_hourglass(plan: Any, dtype: torch.dtype, x: Tensor) -> None:
+    back, heatmaps, again = plan.run([x])
+    assert again is back
+    for out, low, reference in zip(
+        (back, heatmaps),
+        small_hourglass_reference(x.to(dtype)),
+        small_hourglass_reference(x.to(dtype).double()),
+        strict=True,
+    ):
+        assert out.dtype == x.dtype
+        if dtype == torch.float32 and x.dtype == torch.float32:
+            assert_close_float32(out, reference)
+        else:  # bfloat16 inside, or at the edges
+            assert_close_bfloat16(out.bfloat16(), low.bfloat16(), reference)

@@ -1,0 +1,113 @@
+"""A compact check of one instruction set's kernels, in a process of its own.
+
+python tests/isa_check.py avx2
+
+An instruction set is chosen once per process, so test_cpu_plan.py runs this file once for each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HGFAST_CPU_ISA"] = sys.argv[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from op_checks import (
+    LAYOUTS,
+    MAP_DTYPES,
+    NAMES,
+    assert_close_bfloat16,
+    assert_close_float32,
+    bottleneck_reference,
+    bottleneck_weights,
+    cast,
+    check_small_hourglass,
+    conv_reference,
+    conv_weights,
+    decode_reference,
+    native,
+    random_map,
+    small_hourglass,
+    upsample_add_reference,
+)
+from torch import Tensor
+
+from hgfast import ops
+
+
+def close(out: Tensor, eager: Tensor, reference: Tensor) -> None:
+    if out.dtype == torch.float32:
+        assert_close_float32(out, reference)
+    else:
+        assert_close_bfloat16(out, eager, reference)
+
+
+def ran(op: str) -> None:
+    expected = f"{sys.argv[1]}/{op}"
+    assert native.last_path() == expected, f"{native.last_path()} ran instead of {expected}"
+
+
+def check_bottleneck(dtype: torch.dtype) -> None:
+    for channels, middle, out, batch, height, width in [
+        (64, 32, 64, 2, 9, 12),
+        (20, 17, 33, 1, 6, 7),
+        (1, 1, 1, 3, 1, 1),
+        (48, 64, 80, 1, 34, 3),
+    ]:
+        w = bottleneck_weights(channels, middle, out)
+        x = random_map(batch, channels, height, width, dtype=dtype, layout=LAYOUTS[batch - 1])
+        low = None
+        if height % 2 == 0 and width % 2 == 0:
+            low = random_map(batch, out, height // 2, width // 2, dtype=dtype, seed=2)
+        double = None if low is None else low.double()
+        reference = bottleneck_reference(x.double(), cast(w, torch.float64), double)
+        close(
+            ops.bottleneck(x, **w, low=low), bottleneck_reference(x, cast(w, dtype), low), reference
+        )
+        ran("bottleneck")
+
+
+def check_conv(dtype: torch.dtype) -> None:
+    for channels, out, kernel, stride, padding, norm in [
+        (3, 16, (7, 7), (2, 2), (3, 3), False),
+        (64, 48, (3, 3), (1, 1), (1, 1), True),
+        (33, 5, (1, 1), (1, 1), (0, 0), True),
+        (16, 17, (2, 5), (3, 1), (1, 4), False),
+    ]:
+        w = conv_weights(channels, out, kernel, norm=norm)
+        x = random_map(2, channels, 11, 14, dtype=dtype)
+        reference = conv_reference(x.double(), cast(w, torch.float64), stride, padding, relu=True)
+        add = torch.ones_like(reference, dtype=dtype)
+        y = ops.conv(x, **w, stride=stride, padding=padding, relu=True, add=add)
+        close(y, conv_reference(x, cast(w, dtype), stride, padding, True, add), reference + 1)
+        ran("conv")
+
+
+def check_the_rest(dtype: torch.dtype) -> None:
+    low, skip = random_map(2, 19, 3, 5, dtype=dtype), random_map(2, 19, 6, 10, dtype=dtype, seed=2)
+    assert torch.equal(ops.upsample_add(low, skip), upsample_add_reference(low, skip))
+    ran("upsample_add")
+    heatmaps = random_map(2, 3, 21, 35, dtype=dtype)
+    heatmaps[0, 1, 20, 34] = torch.nan
+    for ours, reference in zip(ops.decode(heatmaps), decode_reference(heatmaps), strict=True):
+        assert torch.equal(ours.nan_to_num(-1), reference.nan_to_num(-1))
+    ran("decode")
+
+
+def main() -> None:
+    for dtype in MAP_DTYPES:
+        plan = small_hourglass(NAMES[dtype])
+        assert plan.path == sys.argv[1]
+        for layout in LAYOUTS:
+            check_small_hourglass(plan, dtype, random_map(2, 3, 36, 28, layout=layout))
+        check_bottleneck(dtype)
+        check_conv(dtype)
+        check_the_rest(dtype)
+    print(f"{sys.argv[1]}: ok")
+
+
+if __name__ == "__main__":
+    main()
