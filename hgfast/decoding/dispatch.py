@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,7 @@ def decode(heatmaps: Tensor | Sequence[Tensor], method: str = "quarter") -> tupl
         method in _NATIVE_METHODS
         and heatmaps.device.type == "cpu"
         and heatmaps.dtype in _NATIVE_DTYPES
+        and os.environ.get("HGFAST_DISABLE", "0") in ("", "0")
         and _native.load() is not None
     ):
         coords, scores = torch.ops.hgfast.decode(heatmaps, method)

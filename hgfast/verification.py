@@ -1,0 +1,483 @@
+"""verify: is an optimised model as right as eager arithmetic of its precision would be?
+
+The judge is the model in float64. What the optimised model may miss it by is measured, not
+guessed: twice what eager PyTorch misses it by in the same precision. So the tolerance scales
+with the network, and an error that hides under a fixed one is found.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hgfast._table import render
+
+PRECISIONS: Final = ("highest", "high", "medium")
+
+# "high" is float32-grade arithmetic (sums of a few bfloat16 or tf32 products). Eager PyTorch on
+# a CPU has none to measure, so its allowance is a number: relative L2 error.
+_HIGH = 2e-5
+_HALF = (torch.bfloat16, torch.float16)
+
+
+_COLUMNS: Final = (
+    "output",
+    "max error",
+    "allowed",
+    "mean error",
+    "allowed",
+    "relative",
+    "allowed",
+    "moved",
+    "undecided",
+    "shift",
+    "verdict",
+)
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output tensor against float64.
+
+    Attributes:
+        name: where in the model's output, such as ``[1]``.
+        max_abs, mean_abs: absolute error, the largest and the mean.
+        rel: relative L2 error, ``|output - reference| / |reference|``.
+        allowed_max, allowed_mean, allowed_rel: the bounds; infinite where the rule has none.
+        moved: keypoints (heatmap maxima) in another cell than float64's.
+        undecided: how many of those float64 itself does not decide.
+        keypoint_shift: how far the farthest of the moved went, in heatmap pixels.
+        fault: what is wrong, empty where nothing is.
+    """
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    rel: float
+    allowed_max: float
+    allowed_mean: float
+    allowed_rel: float
+    moved: int
+    undecided: int
+    keypoint_shift: float
+    fault: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.fault
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found; a table when printed, true where all is well.
+
+    Attributes:
+        model: the class of the model.
+        precision: "highest", "high" or "medium", as which it was judged.
+        arithmetic: the dtype of the eager run that set the bounds.
+        outputs: one :class:`OutputCheck` per tensor of the output, in order.
+        fault: why the outputs could not be compared at all; empty where they were.
+    """
+
+    model: str
+    precision: str
+    arithmetic: torch.dtype
+    outputs: tuple[OutputCheck, ...]
+    fault: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output keeps within its bounds."""
+        return not self.fault and all(output.ok for output in self.outputs)
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute error of any output (NaN where outputs could not be compared)."""
+        return self._largest([output.max_abs for output in self.outputs])
+
+    @property
+    def rel(self) -> float:
+        """Largest relative L2 error of any output."""
+        return self._largest([output.rel for output in self.outputs])
+
+    @property
+    def keypoint_shift(self) -> float:
+        """How far the farthest keypoint moved from float64's, in heatmap pixels.
+
+        Keypoints that float64 itself does not decide are counted, though they are no fault.
+        """
+        return self._largest([output.keypoint_shift for output in self.outputs])
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "FAILED"
+        title = f'verify {self.model}, precision "{self.precision}": {verdict}'
+        if self.fault:
+            return f"{title}\n\n{self.fault}"
+        rows = [
+            (
+                output.name,
+                output.max_abs,
+                _bound(output.allowed_max),
+                output.mean_abs,
+                _bound(output.allowed_mean),
+                output.rel,
+                _bound(output.allowed_rel),
+                output.moved,
+                output.undecided,
+                output.keypoint_shift,
+                output.fault or "ok",
+            )
+            for output in self.outputs
+        ]
+        # The rule of a precision has not every bound; an empty column would say nothing.
+        used = [i for i in range(len(_COLUMNS)) if any(row[i] is not None for row in rows)]
+        return render(
+            title,
+            [_COLUMNS[i] for i in used],
+            [[row[i] for i in used] for row in rows],
+            self._footer(),
+        )
+
+    def _largest(self, values: Sequence[float]) -> float:
+        # max() would lose a NaN that is not the first.
+        lost = self.fault or any(map(math.isnan, values))
+        return math.nan if lost else max(values, default=0.0)
+
+    def _footer(self) -> str:
+        fixed = _Rule(self.precision, self.arithmetic, same_dtype=True).fixed
+        allowed = (
+            f"{_HIGH:g} relative" if fixed else f"twice that of eager {_name(self.arithmetic)}"
+        )
+        return (
+            f"Error against float64; allowed: {allowed}. Shift: of heatmap maxima, in heatmap\n"
+            "pixels; one may move only where float64 does not decide between the two cells."
+        )
+
+
+class VerificationError(RuntimeError):
+    """An optimised model is less exact than its precision allows.
+
+    Attributes:
+        verification: the :class:`Verification`, whose table is the message.
+    """
+
+    def __init__(self, verification: Verification) -> None:
+        super().__init__(verification)
+        self.verification = verification
+
+
+def verify(
+    model: nn.Module,
+    fast: nn.Module,
+    *inputs: Any,
+    precision: str | None = None,
+    raise_on_fail: bool = False,
+) -> Verification:
+    """Compare an optimised model with the eager one, on inputs of yours.
+
+    Both are compared with the eager model in float64, so that the error that eager PyTorch
+    makes is known too and bounds the allowed one, for each output tensor (the rule of the
+    flash-attention tests):
+
+        "highest"   max and mean error <= 2 x those of eager float32, + atol
+        "high"      relative L2 error <= 2e-5, or 2 x that of eager float32 if that is more
+        "medium"    max and mean error <= 2 x those of ``model.bfloat16()``, + atol
+
+    A model in bfloat16 or float16 is held against eager in its own dtype, whatever the
+    precision. ``atol`` is four float32 ulps of the reference (of its maximum for the maximum, of
+    its mean magnitude for the mean), or half an ulp of the output's own dtype if that is more:
+    rounding costs as much where eager happens to be exact.
+
+    In outputs of four or more dimensions, taken as heatmaps (..., H, W), a maximum may move to
+    another cell only if float64 does not decide between the two: its values there differ by no
+    more than the maximum error allowed above (for "high": by 4e-5 of the reference's maximum).
+
+    The models are left as they are (training flags, random state, inputs too): both are run in
+    eval mode and without gradients, copies where they are in training mode.
+
+    Args:
+        model: the eager model. If it is an optimised one, its eager forward is meant.
+        fast: what ``hgfast.optimize`` returned, or any module with the same outputs.
+        inputs: the arguments of ``forward``; tensors and containers of tensors.
+        precision: "highest", "high" or "medium"; by default the one that ``fast`` was
+            optimised for, or else "medium" for bfloat16 and float16 models, "highest" for others.
+        raise_on_fail: raise instead of returning a Verification that is not ok.
+
+    Raises:
+        VerificationError: not ok, and ``raise_on_fail``.
+        ValueError: an unknown precision, or the model cannot run in float64 (or bfloat16).
+        Exception: whatever either model raises for the inputs.
+    """
+    if precision is None:
+        precision = _precision_of(fast, inputs)
+    if precision not in PRECISIONS:
+        known = ", ".join(f'"{name}"' for name in PRECISIONS)
+        raise ValueError(f"verify expects a precision out of {known}, got {precision!r}")
+    own, of_fast = _dtype(model, inputs), _dtype(fast, inputs)
+    arithmetic = _arithmetic(own, of_fast, precision)
+
+    eager = _run(_eager_copy(model), inputs)  # first: wrong inputs get eager's own error
+    given = _run(_in_eval_mode(fast), inputs if of_fast is own else _cast(inputs, of_fast))
+    reference = _run_as(torch.float64, model, inputs)
+    baseline = eager if arithmetic is own else _run_as(arithmetic, model, inputs)
+
+    fault, outputs = _compare(
+        _Rule(precision, arithmetic, same_dtype=of_fast is own), given, eager, reference, baseline
+    )
+    verification = Verification(type(model).__name__, precision, arithmetic, outputs, fault)
+    if raise_on_fail and not verification.ok:
+        raise VerificationError(verification)
+    return verification
+
+
+# --- Which precision ---
+
+
+def _precision_of(fast: nn.Module, inputs: Sequence[Any]) -> str:
+    from hgfast.optimization import precision_of
+
+    return precision_of(fast) or ("medium" if _dtype(fast, inputs) in _HALF else "highest")
+
+
+def _arithmetic(model: torch.dtype, fast: torch.dtype, precision: str) -> torch.dtype:
+    """The dtype in which eager PyTorch makes the error that is allowed."""
+    if model in _HALF or precision != "medium":
+        return model
+    return fast if fast in _HALF else torch.bfloat16
+
+
+def _dtype(module: nn.Module, inputs: Sequence[Any]) -> torch.dtype:
+    """The dtype that a module computes in: its weights', or else the inputs'."""
+    state = (*module.parameters(), *module.buffers(), *pytree.tree_leaves(inputs))
+    tensors = (leaf for leaf in state if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return next((tensor.dtype for tensor in tensors), torch.float32)
+
+
+# --- Running models without a trace ---
+
+
+def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The module's output, in arithmetic of its own, for copies of the inputs."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    devices = {tensor.device for tensor in (*module.parameters(), *tensors)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
+        for kind in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        # Copies: a network may begin with an in-place operation.
+        return module(*_cast(inputs, None))
+
+
+def _run_as(dtype: torch.dtype, model: nn.Module, inputs: Sequence[Any]) -> Any:
+    """The eager model's output when weights and inputs are converted to a dtype."""
+    try:
+        output = _run(_eager_copy(model).to(dtype), _cast(inputs, dtype))
+    except Exception as error:
+        raise ValueError(
+            f"verify has to run {type(model).__name__} in {_name(dtype)} as well, "
+            f"where it fails: {error}"
+        ) from error
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != dtype:
+            raise ValueError(
+                f"verify has to run {type(model).__name__} in {_name(dtype)} as well, but its "
+                f"output is then {_name(leaf.dtype)}: it converts something in its forward"
+            )
+    return output
+
+
+def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> Sequence[Any]:
+    """Copies of the inputs, floating point in ``dtype`` (None: as they are)."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach().clone()
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    copies: Sequence[Any] = pytree.tree_map(cast, inputs)
+    return copies
+
+
+def _eager_copy(model: nn.Module) -> nn.Module:
+    from hgfast.optimization import restore
+
+    model = restore(copy.deepcopy(model))
+    model.eval()  # on a line of its own: some networks' eval() returns nothing
+    return model
+
+
+def _in_eval_mode(module: nn.Module) -> nn.Module:
+    """The module itself where it is in eval mode, or else a copy."""
+    if any(part.training for part in module.modules()):
+        module = copy.deepcopy(module)
+        module.eval()
+    return module
+
+
+# --- Comparing ---
+
+
+@dataclass(frozen=True)
+class _Rule:
+    precision: str
+    arithmetic: torch.dtype
+    same_dtype: bool  # whether the output has to have eager's dtype
+
+    @property
+    def fixed(self) -> bool:
+        return self.precision == "high" and self.arithmetic not in _HALF
+
+
+@dataclass(frozen=True)
+class _Miss:
+    """How far a tensor is from the reference, where that is a number."""
+
+    max_abs: float
+    mean_abs: float
+    rel: float
+
+
+def _compare(
+    rule: _Rule, given: Any, eager: Any, reference: Any, baseline: Any
+) -> tuple[str, tuple[OutputCheck, ...]]:
+    named, structure = pytree.tree_flatten_with_path(eager)
+    leaves = []
+    for output in (given, reference, baseline):
+        flat, its_structure = pytree.tree_flatten(output)
+        if its_structure != structure:
+            return f"the output is {_outline(output)}; eager's is {_outline(eager)}", ()
+        leaves.append(flat)
+    checks = []
+    for (path, expected), *others in zip(named, *leaves, strict=True):
+        name = pytree.keystr(path) or "output"
+        if not all(isinstance(leaf, Tensor) for leaf in (expected, *others)):
+            if not _same(expected, others[0]):
+                return f"the output's {name} is {others[0]!r}; eager's is {expected!r}", ()
+            continue
+        checks.append(_check(rule, name, expected, *others))
+    return "", tuple(checks)
+
+
+def _check(
+    rule: _Rule, name: str, eager: Tensor, given: Tensor, reference: Tensor, baseline: Tensor
+) -> OutputCheck:
+    if given.shape != eager.shape:
+        fault = f"shape {tuple(given.shape)}, eager's is {tuple(eager.shape)}"
+        nan = math.nan
+        return OutputCheck(name, nan, nan, nan, nan, nan, nan, 0, 0, nan, fault)
+    same_dtype = given.dtype == eager.dtype or not rule.same_dtype
+    dtype_fault = "" if same_dtype else f"{_name(given.dtype)}, eager's is {_name(eager.dtype)}"
+
+    ulp = torch.finfo(torch.float32).eps * 4
+    if given.is_floating_point():
+        ulp = max(ulp, torch.finfo(given.dtype).eps / 2)
+    given, baseline = (t.to(reference.device, torch.float64) for t in (given, baseline))
+    reference = reference.double()
+    nan_fault = ""
+    if not torch.equal(given.isnan(), reference.isnan()):
+        nan_fault = "NaN in other places than in float64"
+
+    eager_miss, miss = _miss(baseline, reference), _miss(given, reference)
+    size = reference.abs().nan_to_num(0, posinf=0)
+    largest, mean = (_largest(size), float(size.mean()) if size.numel() else 0.0)
+    if rule.fixed:
+        allowed_max = allowed_mean = math.inf
+        allowed_rel = max(_HIGH, 2 * eager_miss.rel)
+        undecided_gap = 2 * _HIGH * largest
+    else:
+        allowed_max = 2 * eager_miss.max_abs + ulp * largest
+        allowed_mean = 2 * eager_miss.mean_abs + ulp * mean
+        allowed_rel = math.inf
+        undecided_gap = allowed_max
+    moved, undecided, shift = _keypoints(given, reference, undecided_gap)
+
+    faults = (
+        (dtype_fault, dtype_fault),
+        (nan_fault, nan_fault),
+        (not miss.max_abs <= allowed_max, "max error"),
+        (not miss.mean_abs <= allowed_mean, "mean error"),
+        (not miss.rel <= allowed_rel, "relative error"),
+        (moved > undecided, f"{moved - undecided} keypoints moved"),
+    )
+    return OutputCheck(
+        name,
+        math.nan if nan_fault else miss.max_abs,
+        math.nan if nan_fault else miss.mean_abs,
+        math.nan if nan_fault else miss.rel,
+        allowed_max,
+        allowed_mean,
+        allowed_rel,
+        moved,
+        undecided,
+        shift,
+        ", ".join(text for wrong, text in faults if wrong),
+    )
+
+
+def _miss(value: Tensor, reference: Tensor) -> _Miss:
+    if value.numel() == 0:
+        return _Miss(0.0, 0.0, 0.0)
+    # Equal infinities differ by nothing; NaNs are compared by place, elsewhere.
+    absolute = torch.where(value == reference, 0.0, (value - reference).abs())
+    absolute = absolute.masked_fill(absolute.isnan(), 0.0)
+    length = float(reference.nan_to_num(0, posinf=0, neginf=0).norm())
+    distance = float(absolute.norm())
+    rel = distance / length if length else (math.inf if distance else 0.0)
+    return _Miss(_largest(absolute), float(absolute.mean()), rel)
+
+
+def _keypoints(given: Tensor, reference: Tensor, undecided_gap: float) -> tuple[int, int, float]:
+    """Heatmap maxima in another cell, how many float64 does not decide, and how far they went."""
+    if reference.ndim < 4 or reference.numel() == 0:
+        return 0, 0, 0.0
+    width = reference.shape[-1]
+    given, reference = given.flatten(-2), reference.flatten(-2)
+    cell, best = given.argmax(-1), reference.argmax(-1)
+    lost = given.isnan().any(-1) | reference.isnan().any(-1)
+    moved = (cell != best) & ~lost
+    gap = reference.gather(-1, best[..., None]) - reference.gather(-1, cell[..., None])
+    # "not more" and not "less": between two infinities the gap is NaN.
+    undecided = moved & ~(gap[..., 0] > undecided_gap)
+    distance = torch.hypot(
+        (cell % width - best % width).double(), (cell // width - best // width).double()
+    )
+    return int(moved.sum()), int(undecided.sum()), _largest(distance * moved)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (TypeError, ValueError, RuntimeError):  # things that do not compare to one truth
+        return True
+
+
+def _outline(output: Any) -> str:
+    """The container of an output, in words short enough for a message."""
+    if isinstance(output, Tensor):
+        return "a tensor"
+    return f"{type(output).__name__} with {len(pytree.tree_leaves(output))} leaves"
+
+
+def _bound(allowed: float) -> float | None:
+    return None if math.isinf(allowed) else allowed
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
