@@ -32,7 +32,8 @@ from hgfast.trace import TraceError
 
 DISABLE = "HGFAST_DISABLE"
 
-#: Findings of Watch (csrc/watch.cpp) that mean eager for this call, in words.
+#: What a Watch finds, by number (csrc/watch.cpp), and which findings mean eager for this call.
+_FINDINGS = ("none", "structure", "hook", "training", "gradient", "weights")
 _EAGER_FINDINGS = {
     "hook": "a module inside it has a forward hook",
     "training": "it is in training mode",
@@ -127,19 +128,15 @@ class Region:
     @property
     def backend(self) -> str:
         """What runs the Plan, in a few words."""
-        state = self._state or self.pack()
-        return state.executor.backend if state.executor else "eager"
+        executor = self._up_to_date()[0].executor
+        return executor.backend if executor else "eager"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._record(args, kwargs)
-        state = self._state or self.pack()
+        state, reason = self._up_to_date()
         inputs = self._bind(args, kwargs) if kwargs else args
-        reason = self._obstacle(state, inputs)
-        if reason is None:
-            finding = state.watch.check(torch.is_grad_enabled())
-            if finding:
-                state, reason = self._react(_native.load().Finding(finding).name)  # type: ignore[union-attr]
+        reason = reason or self._obstacle(state, inputs)
         if reason is None and state.executor is not None:
             try:
                 values = state.executor.run(inputs)
@@ -148,22 +145,46 @@ class Region:
             else:
                 return fill_outputs(self.plan.outputs, values)
         outputs = self.eager(*args, **kwargs)  # where the input is wrong, this raises
-        self._notices.add(self.name, reason or state.reason or "it has no executor")
+        self._notices.add(self.name, reason or "it has no executor")
         return outputs
+
+    # What introspection (torch.export, inspect.signature) asks of a forward.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> Any:
+        return type(self.module).forward.__code__
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module's class."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        signature = inspect.signature(type(self.module).forward)
-        return signature.bind(self.module, *args, **kwargs).args[1:]
+        return self.__signature__.bind(*args, **kwargs).args
+
+    def _up_to_date(self) -> tuple[_State, str | None]:
+        """The state that fits the module as it is now, and why eager must run, if it must."""
+        state = self._state or self.pack()
+        finding = self._finding(state)
+        if finding == "structure":
+            state = self.recognise()
+            finding = self._finding(state)
+        elif finding == "weights":
+            state = self.pack()
+            finding = self._finding(state)
+        return state, _EAGER_FINDINGS.get(finding, state.reason)
+
+    @staticmethod
+    def _finding(state: _State) -> str:
+        if state.watch is None:
+            return "none"
+        return _FINDINGS[state.watch.check(torch.is_grad_enabled())]
 
     def _obstacle(self, state: _State, inputs: tuple[Any, ...]) -> str | None:
         """Why this call cannot take the fast path, as far as the call itself tells."""
-        if state.executor is None and state.reason and state.watch is None:
-            return state.reason
-        if DISABLE in os.environ and os.environ[DISABLE] not in ("", "0"):
+        if os.environ.get(DISABLE, "0") not in ("", "0"):
             return f"{DISABLE} is set"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is enabled"
@@ -173,15 +194,15 @@ class Region:
             or torch._C._get_tracing_state() is not None
             or forward_ad._current_level >= 0
         ):
-            return "something is following PyTorch's operations (a trace, transform or dispatch mode)"
+            return "something is following PyTorch's operations (a trace, transform or mode)"
         if len(inputs) != len(self.plan.inputs):
-            return f"it was traced with {len(self.plan.inputs)} inputs and called with {len(inputs)}"
+            return f"it was traced with {len(self.plan.inputs)} inputs and got {len(inputs)}"
         for x in inputs:
             if type(x) not in (Tensor, nn.Parameter):
                 return f"an input is a {type(x).__name__}"
             if x.dim() != 4 or x.layout is not torch.strided:
                 return "an input is not a dense tensor (B, C, H, W)"
-            if x.dtype is not state.dtype and state.dtype is not None:
+            if x.dtype is not state.dtype:
                 return f"an input is {x.dtype} and its weights are {state.dtype}"
             if not x.is_cpu:
                 return f"an input is on {x.device}"
@@ -191,16 +212,6 @@ class Region:
         if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
         return None
-
-    def _react(self, finding: str) -> tuple[_State, str | None]:
-        """Follow what the watch noticed: the state to go on with, or why eager must run."""
-        if finding in _EAGER_FINDINGS:
-            state = self._state or self.pack()
-            return state, _EAGER_FINDINGS[finding]
-        state = self.recognise() if finding == "structure" else self.pack()
-        # Whatever else is true of the module, the fresh snapshot says.
-        finding = _native.load().Finding(state.watch.check(torch.is_grad_enabled())).name  # type: ignore[union-attr]
-        return state, _EAGER_FINDINGS.get(finding, state.reason)
 
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward while torch.compile or torch.export records it."""

@@ -104,11 +104,11 @@ def output_nodes(outputs: Any) -> Iterator[Node]:
 # --- the normal form of each operation that is understood ----------------------------------
 
 
-def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    if isinstance(value, int):
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)):
         return value, value
-    first, second = value if len(value) == 2 else (value[0], value[0])
-    return first, second
+    first, *rest = value
+    return first, rest[0] if rest else first
 
 
 def _unsupported(what: str) -> Node:
@@ -217,6 +217,8 @@ def _interpolate(
         return _unsupported("antialiased interpolation")
     if isinstance(scale_factor, (int, float)):
         scale_factor = (scale_factor, scale_factor)
+    if size is not None and not all(isinstance(n, int) for n in _pair(size)):
+        size = "computed"  # from another activation's shape, say
     return Node(
         "upsample",
         (x,),
@@ -443,8 +445,8 @@ def trace(module: nn.Module) -> Graph:
     The graph holds for every input shape. The module is left as it was, its mode included.
 
     Raises:
-        TraceError: the module has hooks, parametrisations, a patched forward, side effects, or
-            its forward cannot be followed symbolically; the message says which.
+        TraceError: a module in it has hooks, parametrisations or a patched forward, it has side
+            effects, or it cannot be followed symbolically; the message says which.
     """
     _check_untouched(module)
     with _evaluation_mode(module), _attributes_kept(module):
@@ -525,14 +527,17 @@ def _is_plain_container(outputs: Any) -> bool:
 
 
 def _check_untouched(module: nn.Module) -> None:
-    """Refuse modules whose calls do more than their class's forward says."""
+    """Refuse modules whose calls do more than their class's forward says.
+
+    The module's own instance may have another forward: it is the class's that is traced.
+    """
     for name, child in module.named_modules():
         where = name or "the module itself"
         if child._forward_hooks or child._forward_pre_hooks:
             raise TraceError(f"{where} has a forward hook")
         if parametrize.is_parametrized(child):
             raise TraceError(f"{where} has a parametrisation")
-        if "forward" in child.__dict__:
+        if "forward" in child.__dict__ and child is not module:
             raise TraceError(f"{where} has a forward of its own, set on the instance")
 
 

@@ -1,0 +1,144 @@
+"""Tracing: one normal form, in-place operations made functional, refusals that say why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import Bilinear, MethodHourglass, PreactBlock, image, small_hourglass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hgfast.recognition import recognise
+from hgfast.trace import OPERATIONS, Graph, TraceError, trace, trace_with_example
+
+
+def operations(graph: Graph) -> list[str]:
+    return [node.op for node in graph.nodes]
+
+
+def test_both_tracers_give_the_same_normal_form() -> None:
+    block = PreactBlock(8, 16).eval()
+    symbolic, concrete = trace(block), trace_with_example(block, (torch.randn(1, 8, 6, 5),))
+    assert operations(symbolic) == operations(concrete)
+    for one, other in zip(symbolic.nodes, concrete.nodes, strict=True):
+        assert one.attributes == other.attributes
+        assert set(one.attributes) == set(OPERATIONS[one.op])
+    assert symbolic.input_shapes is None
+    assert concrete.input_shapes == ((1, 8, 6, 5),)
+
+
+def test_hourglass_traces_with_an_example_too() -> None:
+    model = small_hourglass(stacks=2)
+    concrete = trace_with_example(model, (image(),))
+    assert sorted(operations(concrete)) == sorted(operations(trace(model)))
+    assert isinstance(concrete.outputs, list)
+    assert len(concrete.outputs) == 2
+
+
+class InplaceThenReuse(nn.Module):
+    """conv(relu_(y)) + y: the sum sees the rectified y, which a naive trace would miss."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.write == "relu_":
+            z = y.relu_()
+        elif self.write == "functional":
+            z = F.relu(y, inplace=True)
+        elif self.write == "module":
+            z = self.relu(y)
+        else:
+            z = y
+            z += x
+        return self.conv(z) + y
+
+
+@pytest.mark.parametrize("write", ["relu_", "functional", "module", "+="])
+def test_in_place_operations_become_functional(write: str) -> None:
+    graph = trace(InplaceThenReuse(write))
+    total = graph.outputs
+    assert total.op == "add"
+    conv, other = total.inputs
+    assert conv.op == "conv2d"
+    assert other is conv.inputs[0], "both branches must see the changed tensor"
+    assert other.op == ("add" if write == "+=" else "relu")
+
+
+def test_a_module_that_changes_its_input_is_refused() -> None:
+    with pytest.raises(TraceError, match="changes its input in place"):
+        trace(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)))
+
+
+def test_refusals_say_why() -> None:
+    with pytest.raises(TraceError, match="upsample.*bilinear"):
+        recognise(Bilinear())
+    hooked = PreactBlock()
+    hooked.conv2.register_forward_hook(lambda *_: None)
+    with pytest.raises(TraceError, match=r"conv2 has a forward hook"):
+        trace(hooked)
+    patched = PreactBlock()
+    patched.conv2.forward = lambda x: x
+    with pytest.raises(TraceError, match=r"conv2 has a forward of its own"):
+        trace(patched)
+    spectral = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(TraceError, match="parametrisation"):
+        trace(spectral)
+    with pytest.raises(TraceError, match="Softmax"):
+        trace(nn.Sequential(nn.Softmax(1)))
+
+
+class Weightstandardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_subclass_with_its_own_forward_is_not_its_base() -> None:
+    with pytest.raises(TraceError):
+        trace(nn.Sequential(Weightstandardised(3, 3, 1)))
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.last: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.conv(x)
+        return self.last
+
+
+def test_a_forward_that_sets_attributes_is_refused_and_cleaned_up() -> None:
+    module = Remembers()
+    with pytest.raises(TraceError, match="sets attributes"):
+        trace(module)
+    assert module.last is None
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def test_data_dependent_control_flow_is_refused() -> None:
+    with pytest.raises(TraceError, match="fx cannot follow"):
+        trace(Branches())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_module_keeps_its_mode(training: bool) -> None:
+    model = MethodHourglass()
+    model.train(training)
+    model.hg[0][0].train(not training)  # a mixed mode is kept as it is
+    before = [module.training for module in model.modules()]
+    trace(model)
+    assert [module.training for module in model.modules()] == before
