@@ -182,7 +182,9 @@ def _example_inputs(example: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, 
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     for item in inputs:
         if not isinstance(item, Tensor):
-            raise TypeError(f"example must be a tensor or a sequence of them, got {type(item).__name__}")
+            raise TypeError(
+                f"example must be a tensor or a sequence of them, got {type(item).__name__}"
+            )
     return inputs
 
 
@@ -216,9 +218,7 @@ def _find_regions(
         if reason:
             optimization.skipped.append(Skipped(name, reason))
         else:
-            regions.append(
-                Region(module, name, plan, optimization.precision, optimization.notices)
-            )
+            regions.append(Region(module, name, plan, optimization.precision, optimization.notices))
 
     visit(model, "")
     return regions
@@ -269,9 +269,9 @@ def _plausible(
         expected = torch.utils._pytree.tree_leaves(output)
         limit = _PLAUSIBLE[executor.backend.split()[-1]]
         for result, eager in zip(results, expected, strict=True):
-            error = _relative_error(result, eager)
-            if not error <= limit:  # a NaN is no agreement either
-                wrong[region] = f"its outputs differ from eager's by {error:.1e} on the example"
+            off = _relative_error(result, eager)
+            if not off <= limit:  # a NaN is no agreement either
+                wrong[region] = f"its outputs differ from eager's by {off:.1e} on the example"
 
     handles = [
         region.module.register_forward_hook(

@@ -51,7 +51,7 @@ class Report:
         regions = len({row.region for row in self.replaced})
         parts = [
             render(
-                f'hgfast: {len(rows)} blocks replaced in {regions} region{"s" * (regions != 1)}, '
+                f"hgfast: {len(rows)} blocks replaced in {regions} region{'s' * (regions != 1)}, "
                 f'precision "{self.precision}"',
                 ["block", "kind", "backend", "region"],
                 rows,

@@ -116,7 +116,13 @@ def _unsupported(what: str) -> Node:
 
 
 def _conv2d(
-    x: Node, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    x: Node,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Node:
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return _unsupported("a convolution whose weight is computed")
@@ -155,7 +161,15 @@ def _batch_norm(x: Node, weight: Any, bias: Any, mean: Any, var: Any, eps: float
 
 
 def _aten_batch_norm(
-    x: Node, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, cudnn: bool
+    x: Node,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
 ) -> Node:
     if training:
         return _unsupported("a BatchNorm that uses the statistics of the batch")
@@ -267,8 +281,8 @@ _INPLACE: dict[Any, Callable[..., Node]] = {
     _aten.relu_.default: _relu,
     _aten.add_.Tensor: _add,
 }
-_METHODS: dict[str, Callable[..., Node]] = {"relu": _relu, "add": _add}
-_INPLACE_METHODS: dict[str, Callable[..., Node]] = {"relu_": _relu, "add_": _add}
+_METHODS: dict[Any, Callable[..., Node]] = {"relu": _relu, "add": _add}
+_INPLACE_METHODS: dict[Any, Callable[..., Node]] = {"relu_": _relu, "add_": _add}
 
 
 def _module_node(module: nn.Module, name: str, x: Node) -> Node | None:
@@ -290,11 +304,17 @@ def _module_node(module: nn.Module, name: str, x: Node) -> Node | None:
         if module.padding_mode != "zeros" and module.padding != (0, 0):
             return _unsupported(f'{name}, a convolution with padding_mode="{module.padding_mode}"')
         return _conv2d(
-            x, weight("weight"), weight("bias"), module.stride, module.padding, module.dilation, module.groups
+            x,
+            weight("weight"),
+            weight("bias"),
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
         )
     if isinstance(module, _BatchNorm) and (is_plain(_BatchNorm) or is_plain(nn.SyncBatchNorm)):
-        affine = (weight(kind) for kind in ("weight", "bias", "running_mean", "running_var"))
-        return _batch_norm(x, *affine, eps=module.eps)
+        scale, shift, mean, var = map(weight, ("weight", "bias", "running_mean", "running_var"))
+        return _batch_norm(x, scale, shift, mean, var, module.eps)
     if is_plain(nn.ReLU):
         return _relu(x)
     if isinstance(module, nn.MaxPool2d) and is_plain(nn.MaxPool2d):
@@ -348,19 +368,20 @@ class _Normaliser:
         self.values[source] = Weight(name)
 
     def add_call(self, source: fx.Node) -> None:
-        target = source.target
+        target: Any = source.target
         if source.op == "call_module":
-            self._call_module(source, self.modules[str(target)])
+            self._call_module(source, self.modules[target])
             return
-        pure, inplace = (
-            (_METHODS, _INPLACE_METHODS) if source.op == "call_method" else (_FUNCTIONS, _INPLACE)
-        )
-        if target in inplace or (target in pure and source.kwargs.get("inplace")):
-            convert = inplace.get(target) or pure[target]
-            self._replace(source, self._convert(source, convert))
+        is_method = source.op == "call_method"
+        pure = _METHODS if is_method else _FUNCTIONS
+        inplace = _INPLACE_METHODS if is_method else _INPLACE
+        if target in inplace:
+            self._replace(source, self._convert(source, inplace[target]))
+        elif target in pure and source.kwargs.get("inplace"):
+            self._replace(source, self._convert(source, pure[target]))
         else:
-            convert = pure.get(target)
-            node = self._convert(source, convert) if convert else _unsupported(_describe(source))
+            known = target in pure
+            node = self._convert(source, pure[target]) if known else _unsupported(_describe(source))
             self.values[source] = _Cell(self._append(node, source))
 
     def finish(self, outputs: Any) -> Graph:
@@ -377,7 +398,9 @@ class _Normaliser:
     def _call_module(self, source: fx.Node, module: nn.Module) -> None:
         arguments = [self._read(argument) for argument in (*source.args, *source.kwargs.values())]
         if len(arguments) != 1 or not isinstance(arguments[0], Node):
-            node: Node | None = _unsupported(f"{source.target}, called with more than one activation")
+            node: Node | None = _unsupported(
+                f"{source.target}, called with more than one activation"
+            )
         else:
             node = _module_node(module, str(source.target), arguments[0])
         if node is None:
@@ -390,7 +413,9 @@ class _Normaliser:
     def _replace(self, source: fx.Node, node: Node) -> None:
         cell = self.values[source.all_input_nodes[0]]
         if not isinstance(cell, _Cell):
-            raise TraceError(f"{_describe(source)} changes something other than an activation in place")
+            raise TraceError(
+                f"{_describe(source)} changes something other than an activation in place"
+            )
         cell.replace(self._append(node, source))
         self.values[source] = cell
 
@@ -454,7 +479,9 @@ def trace(module: nn.Module) -> Graph:
             recorded = _Tracer().trace(module)
         except Exception as error:
             message = str(error).strip().splitlines() or [""]
-            raise TraceError(f"fx cannot follow its forward ({type(error).__name__}: {message[0]})") from error
+            raise TraceError(
+                f"fx cannot follow its forward ({type(error).__name__}: {message[0]})"
+            ) from error
     normaliser = _Normaliser(dict(module.named_modules(remove_duplicate=False)))
     for source in recorded.nodes:
         if source.op == "placeholder":
@@ -498,7 +525,9 @@ def trace_with_example(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
                 normaliser.add_input(source)
         elif source.op == "output":
             flat = list(source.args[0])[len(signature.buffers_to_mutate) :]
-            graph = normaliser.finish(torch.utils._pytree.tree_unflatten(flat, program.call_spec.out_spec))
+            graph = normaliser.finish(
+                torch.utils._pytree.tree_unflatten(flat, program.call_spec.out_spec)
+            )
             graph.input_shapes = tuple(tuple(tensor.shape) for tensor in example)
             return _checked(graph)
         else:

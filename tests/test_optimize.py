@@ -487,10 +487,9 @@ def test_copying_under_inference_mode() -> None:
 def test_gradients_flow_with_one_warning() -> None:
     model = small_hourglass()
     fast = hgfast.optimize(model)
-    with pytest.warns(hgfast.HgfastWarning, match="gradients") as seen:
+    with pytest.warns(hgfast.HgfastWarning, match="gradients"):
         fast(image())[0].sum().backward()
-        fast(image())
-    assert len(seen) == 1
+    fast(image())  # a second warning would be an error
     model(image())[0].sum().backward()
     for ours, theirs in zip(fast.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
@@ -510,10 +509,10 @@ def test_gradients_of_the_input_alone() -> None:
 def test_training_mode_runs_eagerly_with_one_warning() -> None:
     fast = hgfast.optimize(small_hourglass().train())
     before = fast.stem.norm.num_batches_tracked.item()
-    with pytest.warns(hgfast.HgfastWarning, match="training mode") as seen, torch.no_grad():
-        fast(image(2))
-        fast(image(2))
-    assert len(seen) == 1
+    with torch.no_grad():
+        with pytest.warns(hgfast.HgfastWarning, match="training mode"):
+            fast(image(2))
+        fast(image(2))  # a second warning would be an error
     assert fast.stem.norm.num_batches_tracked.item() == before + 2
     fast.eval()
     fast.heads[0].norm.train()  # a single BatchNorm that is trained counts too
@@ -525,7 +524,10 @@ def test_training_mode_runs_eagerly_with_one_warning() -> None:
 def test_autocast_runs_eagerly() -> None:
     model = small_hourglass()
     fast = hgfast.optimize(model)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(hgfast.HgfastWarning, match="autocast"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.warns(hgfast.HgfastWarning, match="autocast"),
+    ):
         assert torch.equal(run(fast, image())[0], run(model, image())[0])
 
 
@@ -572,7 +574,7 @@ def test_compile_and_export_go_through_the_public_ops() -> None:
 def test_bad_input_gets_eagers_error(x: Tensor) -> None:
     model = small_hourglass()
     fast = hgfast.optimize(model)
-    with pytest.raises(Exception) as theirs:
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
         run(model, x)
     with pytest.raises(type(theirs.value)) as ours:
         run(fast, x)

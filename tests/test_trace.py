@@ -75,7 +75,7 @@ def test_a_module_that_changes_its_input_is_refused() -> None:
 
 
 def test_refusals_say_why() -> None:
-    with pytest.raises(TraceError, match="upsample.*bilinear"):
+    with pytest.raises(TraceError, match=r"upsample.*bilinear"):
         recognise(Bilinear())
     hooked = PreactBlock()
     hooked.conv2.register_forward_hook(lambda *_: None)

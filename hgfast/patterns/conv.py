@@ -19,7 +19,11 @@ def match(reader: Reader, node: Node) -> Draft | None:
         return _match_chain(reader, node)
     # Of two branches, the later one takes the other as the value to add.
     for branch, other in (node.inputs[::-1], node.inputs):
-        draft = _match_chain(reader, branch) if reader.only_use(branch) and branch is not other else None
+        draft = (
+            _match_chain(reader, branch)
+            if reader.only_use(branch) and branch is not other
+            else None
+        )
         if draft is not None:
             return draft.with_input(other)
     return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from hgfast.plan import Convolution, Norm, Step
@@ -15,7 +15,7 @@ class Draft:
     """A step whose values have no numbers yet: the nodes it reads, and how to make it."""
 
     inputs: tuple[Node, ...]
-    step: partial[Step]
+    step: Callable[..., Step]
 
     def with_input(self, extra: Node) -> Draft:
         return replace(self, inputs=(*self.inputs, extra))
@@ -41,13 +41,20 @@ class Reader:
         out, into, *kernel = self._shapes[node["weight"]]
         height, width = kernel
         return Convolution(
-            node["weight"], node["bias"], (into, out), (height, width), node["stride"], node["padding"]
+            node["weight"],
+            node["bias"],
+            (into, out),
+            (height, width),
+            node["stride"],
+            node["padding"],
         )
 
     def pointwise(self, node: Node) -> Convolution | None:
         """A 1x1 convolution with stride 1, or None."""
         conv = self.convolution(node)
-        plain = conv and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+        plain = (
+            conv and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+        )
         return conv if plain else None
 
     def norm(self, node: Node) -> Norm | None:

@@ -19,4 +19,8 @@ def match(reader: Reader, node: Node) -> Draft | None:
         "dilation": (1, 1),
         "ceil_mode": False,
     }
-    return Draft(node.inputs, partial(MaxPool, name=node.module)) if node.attributes == expected else None
+    return (
+        Draft(node.inputs, partial(MaxPool, name=node.module))
+        if node.attributes == expected
+        else None
+    )

@@ -23,7 +23,9 @@ def unsupported(weights: Mapping[str, Tensor]) -> str | None:
         return _native.reason
     devices = {tensor.device.type for tensor in weights.values()}
     if devices != {"cpu"}:
-        return f"its weights are on {' and '.join(sorted(devices))}; there are kernels for cpu so far"
+        return (
+            f"its weights are on {' and '.join(sorted(devices))}; there are kernels for cpu so far"
+        )
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) > 1:
         return f"its weights mix dtypes ({', '.join(sorted(map(str, dtypes)))})"

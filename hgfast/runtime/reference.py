@@ -32,7 +32,7 @@ def _bottleneck(step: Any, weights: Weights, x: Tensor, *low: Tensor) -> Tensor:
     for norm, conv in zip(step.norms, step.convs, strict=True):
         y = _convolve(conv, F.relu(_norm(norm, y, weights)), weights)
     y = y + (_convolve(step.project, x, weights) if step.project else x)
-    return _upsample_add(step, weights, *low, y) if low else y
+    return _upsample_add(step, weights, low[0], y) if low else y
 
 
 def _conv(step: Any, weights: Weights, x: Tensor, *add: Tensor) -> Tensor:
