@@ -156,6 +156,26 @@ def test_bounds_do_not_depend_on_the_scale_of_the_output(model: nn.Module, image
         assert not hgfast.verify(scaled, wrong, image, precision="highest")
 
 
+@pytest.mark.parametrize(("times", "ok"), [(1.9, True), (2.2, False)])
+def test_one_cell_may_be_off_by_twice_what_eager_is(
+    model: nn.Module, image: Tensor, times: float, ok: bool
+) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    judge = copy.deepcopy(model).double()
+    with torch.inference_mode():
+        errors = half(image.bfloat16())[1].double() - judge(image.double())[1]
+    size = times * errors.abs().max().item()
+
+    def plant(maps: list[Tensor]) -> list[Tensor]:
+        flat = maps[1].view(-1)
+        flat[flat.argmin()] -= size
+        return maps
+
+    result = hgfast.verify(model, Edited(model, plant), image, precision="medium")
+    assert result.ok is ok, result
+    assert result.outputs[1].fault == ("" if ok else "max error")
+
+
 def test_mean_error_is_judged_too(model: nn.Module, image: Tensor) -> None:
     allowed = hgfast.verify(model, model, image, precision="medium").outputs[1]
     assert allowed.allowed_mean < allowed.allowed_max / 2
