@@ -27,7 +27,7 @@ def require_torch() -> None:
     ask = [sys.executable, "-E", "-c", code]
     found = subprocess.run(ask, env=environment, capture_output=True, text=True).stdout.strip()
     oldest = ".".join(map(str, OLDEST_TORCH))
-    advice = "; under uv or build also pass --no-build-isolation"
+    advice = " (PYTHONPATH does not count; under uv or build also pass --no-build-isolation)"
     if not found:
         raise SystemExit(
             f"hgfast: {sys.executable} has no torch. Install torch >= {oldest} first{advice}."
@@ -57,17 +57,21 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        model = os.environ.get("HGFAST_AMX_MODEL", "OFF")
         settings = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DHGFAST_OUTPUT_DIR={output}",
-            f"-DHGFAST_AMX_MODEL={model}",
         ]
+        if model := os.environ.get("HGFAST_AMX_MODEL"):  # unset: as the build folder had it
+            settings.append(f"-DHGFAST_AMX_MODEL={model}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         cmake = tool("cmake")
-        subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *settings], check=True)
-        subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+        for step in (
+            [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *settings],
+            [cmake, "--build", str(build), "--parallel", jobs],
+        ):
+            if subprocess.run(step).returncode != 0:
+                raise SystemExit(f"hgfast: the build failed, see above. The step: {' '.join(step)}")
 
 
 require_torch()

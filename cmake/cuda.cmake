@@ -9,13 +9,12 @@ if("$ENV{FORCE_CUDA}" MATCHES "^(1|ON|on|true|TRUE|yes|YES)$")
   set(FORCE_CUDA ON)
 endif()
 
-# A macro: it must be able to leave this file.
-macro(hgfast_without_cuda reason)
+function(hgfast_without_cuda reason)
   if(FORCE_CUDA)
     message(FATAL_ERROR "FORCE_CUDA=1, but ${reason}")
   endif()
   message(WARNING "${reason}")
-endmacro()
+endfunction()
 
 # The compiler: CUDACXX, then CUDA_HOME or CUDA_PATH, then PATH, then the usual place.
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # -gencode flags below: they know 90a in every CMake
@@ -73,6 +72,7 @@ elseif(NOT nvcc_major STREQUAL torch_major)
   hgfast_without_cuda("nvcc ${CUDA_VERSION} does not fit torch's CUDA ${TORCH_CUDA}: the device code is compiled, not linked")
   set(CUDA_STATE "compiled, not linked: nvcc ${CUDA_VERSION}, torch has CUDA ${TORCH_CUDA}")
 else()
+  find_package(CUDAToolkit REQUIRED)
   set(CUDA_STATE "linked")
   set(LINK_CUDA ON)
 endif()
