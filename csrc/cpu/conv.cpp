@@ -78,13 +78,7 @@ void run(const ConvParams& p, int threads, int64_t begin, int64_t end, void* mem
       a_at[i] = i * g.depth.total();
       y_at[i] = i < pixels ? (first + i) * p.out : -1;
     }
-    Segment<Operand> segment{.a = a,
-                             .at = a_at,
-                             .stride = g.depth.total(),
-                             .taps = 1,
-                             .tap_stride = 0,
-                             .depth = g.depth.total(),
-                             .b = p.weight};
+    auto segment = Segment<Operand>::dense(a, a_at, g.depth.total(), p.weight);
     const E* x = static_cast<const E*>(p.x) + first * p.in;
     if (g.pointwise && !p.scale && readable<Operand>(x, pixels, p.in)) {
       segment.a = reinterpret_cast<const Operand*>(x);

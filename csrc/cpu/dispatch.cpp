@@ -111,7 +111,7 @@ struct Set {
 };
 
 const Set sets[] = {
-    // best first
+// best first
 #if defined(HGFAST_ISA_AMX)
     {&amx::table, has_amx, false},
 #endif

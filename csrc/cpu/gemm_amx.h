@@ -62,20 +62,29 @@ void multiply_tiles(const Segment<bf16>* segment, int segments, int64_t s0, int6
     tile_store<3>(sums + kTileRows * kTilePanel + 16, kSumBytes);
 }
 
+// All slots by all n channels. One tile's sums are finished while the next tile's are formed: the
+// epilogue takes as long as the products of a short K, and waits for none of them.
 template <class E>
 void gemm(const Segment<bf16>* segment, int segments, int64_t slots, int64_t n,
           const Epilogue<E>& epilogue) {
-  alignas(kAlign) float sums[2 * kTileRows * kTilePanel];
+  alignas(kAlign) float sums[2][2 * kTileRows * kTilePanel];
+  struct {
+    int64_t s0, rows, n0, channels;
+  } last{};
+  int turn = 0;
   for (int64_t n0 = 0; n0 < n; n0 += kTilePanel) {
     const int64_t channels = min(kTilePanel, n - n0);
     const auto one = channels > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>;
     const auto two = channels > 16 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>;
-    for (int64_t s0 = 0; s0 < slots; s0 += 2 * kTileRows) {
+    for (int64_t s0 = 0; s0 < slots; s0 += 2 * kTileRows, turn = 1 - turn) {
       const int64_t rows = min(2 * kTileRows, slots - s0);
-      (rows > kTileRows ? two : one)(segment, segments, s0, n0, sums);
-      epilogue.finish(sums, kTilePanel, rows, channels, s0, n0);
+      epilogue.prefetch(s0, rows, n0, channels);
+      (rows > kTileRows ? two : one)(segment, segments, s0, n0, sums[turn]);
+      epilogue.finish(sums[1 - turn], kTilePanel, last.rows, last.channels, last.s0, last.n0);
+      last = {s0, rows, n0, channels};
     }
   }
+  epilogue.finish(sums[1 - turn], kTilePanel, last.rows, last.channels, last.s0, last.n0);
 }
 
 }  // namespace hgfast::cpu::HGFAST_ISA
