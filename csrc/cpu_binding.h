@@ -232,11 +232,11 @@ struct ConvWeights {
   cpu::ConvParams at(const std::string& where, const Shape& x) const {
     TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
                       " channels, as the weight has, given ", x);
-    TORCH_CHECK_VALUE(
-        x.height + 2 * params.pad_h >= params.kernel_h &&
-            x.width + 2 * params.pad_w >= params.kernel_w,
-        where, ": expected x, with its padding, to be at least as large as the kernel of ",
-        params.kernel_h, "x", params.kernel_w, ", given ", x);
+    TORCH_CHECK_VALUE(x.height + 2 * params.pad_h >= params.kernel_h &&
+                          x.width + 2 * params.pad_w >= params.kernel_w,
+                      where,
+                      ": expected x, with its padding, to be at least as large as the kernel of ",
+                      params.kernel_h, "x", params.kernel_w, ", given ", x);
     cpu::ConvParams p = params;
     p.batch = x.batch;
     p.height = x.height;

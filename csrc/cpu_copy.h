@@ -1,4 +1,5 @@
-// Copies a feature map between layouts and element types: what comes into a plan and what leaves it.
+// Copies a feature map between layouts and element types: what comes into a plan and what leaves
+// it.
 //
 // A task is one row of one image. Between a layout with the columns innermost (NCHW) and one with
 // the channels innermost (NHWC) a row is a transposition, done in blocks of 16 by 16 that stay in

@@ -91,10 +91,9 @@ Tensor upsample_add(const Tensor& low, const Tensor& skip) {
   Tensor y = empty_map(shape, skip);
   if (y.numel() == 0) return y;
 
-  const cpu::UpsampleAddParams p{element_of(skip),       shape.batch,
-                                 shape.height,           shape.width,
-                                 shape.channels,         half.const_data_ptr(),
-                                 dense.const_data_ptr(), y.mutable_data_ptr()};
+  const cpu::UpsampleAddParams p{
+      element_of(skip), shape.batch,           shape.height,           shape.width,
+      shape.channels,   half.const_data_ptr(), dense.const_data_ptr(), y.mutable_data_ptr()};
   const int threads = at::get_num_threads();
   run_tasks(kernels.plan_upsample_add(p, threads), [&](int64_t begin, int64_t end, void* scratch) {
     kernels.upsample_add(p, threads, begin, end, scratch);
@@ -105,9 +104,12 @@ Tensor upsample_add(const Tensor& low, const Tensor& skip) {
 
 cpu::HeatmapType heatmap_type(const char* where, const Tensor& heatmaps) {
   switch (heatmaps.scalar_type()) {
-    case at::kFloat: return cpu::HeatmapType::float32;
-    case at::kBFloat16: return cpu::HeatmapType::bfloat16;
-    case at::kHalf: return cpu::HeatmapType::float16;
+    case at::kFloat:
+      return cpu::HeatmapType::float32;
+    case at::kBFloat16:
+      return cpu::HeatmapType::bfloat16;
+    case at::kHalf:
+      return cpu::HeatmapType::float16;
     default:
       TORCH_CHECK_VALUE(false, where, ": expected heatmaps in float32, bfloat16 or float16, given ",
                         heatmaps.scalar_type());

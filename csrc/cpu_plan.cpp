@@ -1,9 +1,11 @@
 #include "cpu_plan.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "cpu_copy.h"
+#include "cpu_team.h"
 
 namespace hgfast {
 namespace {
@@ -121,10 +123,10 @@ void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tens
                    bool relu, std::optional<Id> add) {
   const char* op = "conv";
   const std::string place = where(op);
-  const auto weights = std::make_shared<const ConvWeights>(
-      place, kernels_, element_, weight, bias, scale, shift,
-      at::IntArrayRef({stride.first, stride.second}),
-      at::IntArrayRef({padding.first, padding.second}), relu);
+  const auto weights =
+      std::make_shared<const ConvWeights>(place, kernels_, element_, weight, bias, scale, shift,
+                                          at::IntArrayRef({stride.first, stride.second}),
+                                          at::IntArrayRef({padding.first, padding.second}), relu);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
@@ -154,8 +156,8 @@ void CpuPlan::max_pool(Id input, Id output) {
     TORCH_CHECK_VALUE(full.height >= 2 && full.width >= 2, place,
                       ": expected at least two rows and columns to pool, given ", full);
     const Shape result = {full.batch, full.channels, full.height / 2, full.width / 2};
-    const cpu::MaxPoolParams p{element,    full.batch,    full.height, full.width,
-                               full.channels, some_map, some_map};
+    const cpu::MaxPoolParams p{element,       full.batch, full.height, full.width,
+                               full.channels, some_map,   some_map};
     return make_launch<Launch>(result, p, threads, kernels->plan_max_pool, kernels->max_pool,
                                [x, y](auto& params, void* const* slots) {
                                  params.x = slots[x];
@@ -173,9 +175,9 @@ void CpuPlan::upsample_add(Id low, Id skip, Id output) {
          [=, element = element_](const std::vector<Shape>& shapes, int threads) {
            const Shape& result = shapes[full];
            check_shape(place, "low", shapes[half], half_of(place, result));
-           const cpu::UpsampleAddParams p{element,         result.batch, result.height,
-                                          result.width,    result.channels,
-                                          some_map,        some_map,     some_map};
+           const cpu::UpsampleAddParams p{element,      result.batch,    result.height,
+                                          result.width, result.channels, some_map,
+                                          some_map,     some_map};
            return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
                                       kernels->upsample_add,
                                       [half, full, y](auto& params, void* const* slots) {
@@ -231,7 +233,8 @@ void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outpu
     const auto entry = slot_of_.find(id);
     const Slot slot = entry == slot_of_.end() ? -1 : entry->second;
     TORCH_CHECK_VALUE(slot >= 0 && (is_input[slot] || defined_by_[slot] >= 0),
-                      "CpuPlan: output value ", id, " is neither an input nor the output of a step");
+                      "CpuPlan: output value ", id,
+                      " is neither an input nor the output of a step");
     const auto seen = std::find(distinct.begin(), distinct.end(), slot);
     index.push_back(seen - distinct.begin());
     if (seen == distinct.end()) distinct.push_back(slot);
@@ -302,8 +305,11 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     if (layout->direct.back() || !used) continue;
     const auto strides = input.strides();
     add_copy(values + static_cast<Slot>(i), slot,
-             {shapes[slot], element_of(input), element_,
-              {strides[0], strides[1], strides[2], strides[3]}, nhwc(shapes[slot])});
+             {shapes[slot],
+              element_of(input),
+              element_,
+              {strides[0], strides[1], strides[2], strides[3]},
+              nhwc(shapes[slot])});
   }
 
   const at::Tensor& first = inputs.front();
@@ -335,13 +341,11 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
                                 [](const Launch& launch) { return launch.work.tasks == 0; }),
                  launches.end());
   place(*layout, shapes, bytes_of(element_));
-  for (size_t i = 0; i < launches.size(); ++i) {
-    layout->scratch = std::max(layout->scratch, aligned(launches[i].work.scratch));
-    layout->parallel |= layout->threads > 1 && launches[i].work.tasks > 1;
-    // One task and then one task again: the same thread runs both, nobody need wait.
-    launches[i].wait = i + 1 == launches.size() || launches[i].work.tasks > 1 ||
-                       launches[i + 1].work.tasks > 1;
+  for (const Launch& launch : launches) {
+    layout->scratch = std::max(layout->scratch, aligned(launch.work.scratch));
+    layout->parallel |= layout->threads > 1 && launch.work.tasks > 1;
   }
+  layout->turns = layout->parallel ? launches.size() * Turn::bytes(layout->threads) : 0;
   return layout;
 }
 
@@ -366,8 +370,8 @@ void CpuPlan::place(Layout& layout, const std::vector<Shape>& shapes, int64_t el
   for (size_t i = 0; i < layout.launches.size(); ++i) {
     const Slot slot = layout.launches[i].write;
     if (slot < values && !elsewhere[slot]) {
-      const auto bytes = static_cast<int64_t>(
-          aligned(static_cast<size_t>(shapes[slot].count() * element_bytes)));
+      const auto bytes =
+          static_cast<int64_t>(aligned(static_cast<size_t>(shapes[slot].count() * element_bytes)));
       int64_t begin = 0;
       auto next = live.begin();
       while (next != live.end() && next->begin - begin < bytes) begin = (next++)->end;
@@ -409,25 +413,31 @@ void CpuPlan::Pool::give(Block block) {
 }
 
 void CpuPlan::execute(const Layout& layout, Slots slots, char* scratch) {
-  const auto walk = [&](int64_t thread, int64_t team) {
-    for (const Launch& launch : layout.launches) {
-      const int64_t begin = launch.work.tasks * thread / team;
-      const int64_t end = launch.work.tasks * (thread + 1) / team;
-      if (begin < end) launch.run(slots, begin, end, scratch + thread * layout.scratch);
-      if (launch.wait) {
-#pragma omp barrier
-      }
-    }
-  };
 #ifdef _OPENMP
   if (layout.parallel && !at::in_parallel_region()) {
+    // The turns lie behind the threads' scratch.
+    char* turns = scratch + layout.threads * layout.scratch;
+    const size_t step = Turn::bytes(layout.threads);
+    for (size_t i = 0; i < layout.launches.size(); ++i)
+      Turn::create(turns + i * step, layout.threads);
     // No num_threads clause, like ATen: a team that changes its size is made anew each time.
 #pragma omp parallel
-    walk(omp_get_thread_num(), omp_get_num_threads());
+    {
+      const int thread = omp_get_thread_num();
+      const int team = std::min(omp_get_num_threads(), layout.threads);
+      char* mine = scratch + thread * layout.scratch;
+      char* turn = turns;
+      for (const Launch& launch : layout.launches) {
+        std::launder(reinterpret_cast<Turn*>(turn))
+            ->take(launch.work.tasks, thread, team,
+                   [&](int64_t begin, int64_t end) { launch.run(slots, begin, end, mine); });
+        turn += step;
+      }
+    }
     return;
   }
 #endif
-  walk(0, 1);
+  for (const Launch& launch : layout.launches) launch.run(slots, 0, launch.work.tasks, scratch);
 }
 
 std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) const {
@@ -463,7 +473,7 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
   }
 
   if (!layout->launches.empty()) {
-    Pool::Block block = pool_.take(layout->arena + layout->threads * layout->scratch);
+    Pool::Block block = pool_.take(layout->bytes());
     char* base = static_cast<char*>(block.memory.get());
     for (size_t value = 0; value < values; ++value)
       if (layout->offsets[value] >= 0) slots[value] = base + layout->offsets[value];

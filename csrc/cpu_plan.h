@@ -2,14 +2,13 @@
 //
 // Steps are recorded in order, then `finish` names the inputs and outputs and freezes the plan;
 // from then on `run` may be called from any number of threads. For each shape of input (the last
-// eight are kept) a layout is worked out once: the shape of every value, how each kernel splits into
-// tasks, and where in one arena each value lives, by first fit over lifetimes, so that a whole
+// eight are kept) a layout is worked out once: the shape of every value, how each kernel splits
+// into tasks, and where in one arena each value lives, by first fit over lifetimes, so that a whole
 // network needs little more memory than its widest moment. Arenas come from a pool that belongs to
 // the plan: fresh pages cost milliseconds.
 //
-// A run opens one parallel region, in which every thread walks the steps and waits for the others
-// after each: cheaper than to start and end the threads' work for every step. No Tensor is created
-// but the outputs.
+// A run opens one parallel region, in which every thread walks the steps (cpu_team.h): cheaper than
+// to start and end the threads' work for every step. No Tensor is created but the outputs.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -64,15 +63,14 @@ class CpuPlan {
     cpu::Work work{};
     Shape result{};
     Run run;
-    const char* op = nullptr;   // null: a copy in or out
+    const char* op = nullptr;  // null: a copy in or out
     std::vector<Slot> reads;
     Slot write = -1;
-    bool wait = true;           // for the other threads, afterwards
   };
 
   struct Step {
     const char* op;
-    std::string where;          // "step 3 (conv)", for errors
+    std::string where;  // "step 3 (conv)", for errors
     std::vector<Slot> reads;
     Slot write;
     // Checks the shapes of all values so far, and settles the kernel call for them.
@@ -93,8 +91,10 @@ class CpuPlan {
     std::vector<Output> outputs;   // one per distinct output
     int threads = 1;
     bool parallel = false;
-    size_t arena = 0, scratch = 0;  // bytes; scratch per thread
+    size_t arena = 0, scratch = 0, turns = 0;  // bytes; scratch per thread
     const char* last_op = nullptr;
+
+    size_t bytes() const { return arena + threads * scratch + turns; }
   };
 
   // Arenas at rest. As many as there were ever runs at once, none larger than was asked for.
@@ -128,11 +128,11 @@ class CpuPlan {
   bool finished_ = false;
   std::vector<Step> steps_;
   std::unordered_map<Id, Slot> slot_of_;
-  std::vector<Id> id_of_;                 // per value
-  std::vector<int64_t> defined_by_;       // per value: the step, or -1
-  std::vector<Slot> inputs_;              // values
-  std::vector<Slot> distinct_outputs_;    // values, each once
-  std::vector<size_t> output_index_;      // per output: which of the distinct ones
+  std::vector<Id> id_of_;               // per value
+  std::vector<int64_t> defined_by_;     // per value: the step, or -1
+  std::vector<Slot> inputs_;            // values
+  std::vector<Slot> distinct_outputs_;  // values, each once
+  std::vector<size_t> output_index_;    // per output: which of the distinct ones
 
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // the latest used first

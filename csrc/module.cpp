@@ -35,9 +35,8 @@ void bind_cpu_plan(py::module_& m) {
   py::class_<CpuPlan>(m, "CpuPlan",
                       "A network's steps over numbered values, weights packed once, run in one "
                       "call. Record the steps, finish(), then run() from any thread.")
-      .def(py::init(translated([](const std::string& element) {
-             return std::make_unique<CpuPlan>(element);
-           })),
+      .def(py::init(translated(
+               [](const std::string& element) { return std::make_unique<CpuPlan>(element); })),
            arg("element"))
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
@@ -67,7 +66,8 @@ PYBIND11_MODULE(_C, m) {
         "this machine can run each.");
   m.def(
       "last_path", [] { return hgfast::last_path().text(); },
-      "The kernel that ran last in this thread, \"<instruction set>/<op>\"; \"\" before the first.");
+      "The kernel that ran last in this thread, \"<instruction set>/<op>\"; \"\" before the "
+      "first.");
   bind_cpu_plan(m);
   hgfast::bind_watch(m);
 }
