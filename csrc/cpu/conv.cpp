@@ -37,32 +37,40 @@ struct Geometry {
   }
 };
 
+// One output pixel's window of `image`, from (top, left), which may lie outside: zeros there.
+template <class Operand, class E>
+void gather_window(const ConvParams& p, const Depth& depth, const E* image, int64_t top,
+                   int64_t left, Operand* a) {
+  const int64_t tap = depth.runs > 1 ? depth.stride : p.in;  // from one tap to the next in a
+  const int64_t y_first = max(0, -top), y_last = min(p.kernel_h, p.height - top);
+  const int64_t x_first = max(0, -left), x_last = min(p.kernel_w, p.width - left);
+  const int64_t inside = max(0, y_last - y_first) * max(0, x_last - x_first);
+  if (inside * p.in != depth.total())
+    memset(static_cast<void*>(a), 0, depth.total() * sizeof(Operand));
+  if (inside == 0) return;
+  for (int64_t y = y_first; y < y_last; ++y) {
+    const E* x = image + ((top + y) * p.width + left + x_first) * p.in;
+    Operand* to = a + (y * p.kernel_w + x_first) * tap;
+    if (!p.scale && tap == p.in) {  // neighbours in a as they are in x
+      prologue(x, (x_last - x_first) * p.in, nullptr, nullptr, to);
+    } else {
+      for (int64_t j = x_first; j < x_last; ++j, x += p.in, to += tap)
+        prologue(x, p.in, p.scale, p.shift, to);
+    }
+  }
+}
+
 // The windows of output pixels first ... first + pixels - 1, one row of a each.
 template <class Operand, class E>
 void gather(const ConvParams& p, const Geometry& g, int64_t first, int64_t pixels, Operand* a) {
-  const int64_t tap = g.depth.runs > 1 ? g.depth.stride : p.in;  // from one tap to the next in a
-  const bool has_gaps = g.depth.runs * g.depth.length != g.depth.total();
-  Cursor at(first, g.width);  // rows of the whole batch
-  for (; pixels > 0; --pixels, at.next(), a += g.depth.total()) {
-    const int64_t image = at.row / g.height;
-    const int64_t top = at.row % g.height * p.stride_h - p.pad_h;
-    const int64_t left = at.column * p.stride_w - p.pad_w;
-    const int64_t y_first = max(0, -top), y_last = min(p.kernel_h, p.height - top);
-    const int64_t x_first = max(0, -left), x_last = min(p.kernel_w, p.width - left);
-    const bool inside =
-        y_first == 0 && y_last == p.kernel_h && x_first == 0 && x_last == p.kernel_w;
-    if (!inside || has_gaps) memset(static_cast<void*>(a), 0, g.depth.total() * sizeof(Operand));
-    for (int64_t y = y_first; y < y_last && x_first < x_last; ++y) {
-      const E* x = static_cast<const E*>(p.x) +
-                   ((image * p.height + top + y) * p.width + left + x_first) * p.in;
-      Operand* to = a + (y * p.kernel_w + x_first) * tap;
-      if (!p.scale && tap == p.in) {
-        prologue(x, (x_last - x_first) * p.in, nullptr, nullptr, to);
-      } else {
-        for (int64_t j = x_first; j < x_last; ++j, x += p.in, to += tap)
-          prologue(x, p.in, p.scale, p.shift, to);
-      }
-    }
+  Cursor at(first, g.width);    // rows are numbered through the batch,
+  Cursor in(at.row, g.height);  // here by image
+  for (; pixels > 0; --pixels, a += g.depth.total()) {
+    const E* image = static_cast<const E*>(p.x) + in.row * p.height * p.width * p.in;
+    gather_window(p, g.depth, image, in.column * p.stride_h - p.pad_h,
+                  at.column * p.stride_w - p.pad_w, a);
+    at.next();
+    if (at.column == 0) in.next();
   }
 }
 

@@ -68,37 +68,80 @@ inline Halves to_bf16(Vec x) {
 
 inline Vec from_bf16(Halves x) { return (Vec)(__builtin_convertvector(x, Bits) << 16); }
 
-struct Whole {
-  static constexpr int count = kLanes;
-};
+struct Whole {};
 struct Part {
   int count;  // 1 ... kLanes - 1
 };
 
-template <class Register, class T, class Lanes>
-inline Register read(const T* p, Lanes lanes) {
-  Register r{};
-  memcpy(&r, p, lanes.count * sizeof(T));
-  return r;
+inline Vec load(const float* p, Whole) {
+  Vec x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Vec load(const bf16* p, Whole) {
+  Halves x;
+  memcpy(&x, p, sizeof x);
+  return from_bf16(x);
+}
+inline void store(float* p, Vec x, Whole) { memcpy(p, &x, sizeof x); }
+inline void store(bf16* p, Vec x, Whole) {
+  const Halves halves = to_bf16(x);
+  memcpy(p, &halves, sizeof halves);
 }
 
-template <class Lanes>
-inline Vec load(const float* p, Lanes lanes) {
-  return read<Vec>(p, lanes);
+#if defined(__AVX512F__)
+
+inline __mmask16 mask(Part part) { return static_cast<__mmask16>((1u << part.count) - 1); }
+inline Vec load(const float* p, Part part) { return _mm512_maskz_loadu_ps(mask(part), p); }
+inline Vec load(const bf16* p, Part part) {
+  return from_bf16((Halves)_mm256_maskz_loadu_epi16(mask(part), p));
 }
-template <class Lanes>
-inline Vec load(const bf16* p, Lanes lanes) {
-  return from_bf16(read<Halves>(p, lanes));
+inline void store(float* p, Vec x, Part part) { _mm512_mask_storeu_ps(p, mask(part), x); }
+inline void store(bf16* p, Vec x, Part part) {
+  _mm256_mask_storeu_epi16(p, mask(part), (__m256i)to_bf16(x));
 }
-template <class Lanes>
-inline void store(float* p, Vec x, Lanes lanes) {
-  memcpy(p, &x, lanes.count * sizeof(float));
+
+#else
+
+// In three steps of known size: a memcpy of any size is a call.
+template <class T>
+inline void copy(T* to, const T* from, int count) {
+  if (count & 4) {
+    memcpy(to, from, 4 * sizeof(T));
+    to += 4;
+    from += 4;
+  }
+  if (count & 2) {
+    memcpy(to, from, 2 * sizeof(T));
+    to += 2;
+    from += 2;
+  }
+  if (count & 1) *to = *from;
 }
-template <class Lanes>
-inline void store(bf16* p, Vec x, Lanes lanes) {
-  const Halves halves = to_bf16(x);
-  memcpy(p, &halves, lanes.count * sizeof(bf16));
+static_assert(kLanes <= 8);
+
+inline Vec load(const float* p, Part part) {
+  float x[kLanes] = {};
+  copy(x, p, part.count);
+  return load(x, Whole{});
 }
+inline Vec load(const bf16* p, Part part) {
+  bf16 x[kLanes] = {};
+  copy(x, p, part.count);
+  return load(x, Whole{});
+}
+inline void store(float* p, Vec x, Part part) {
+  float from[kLanes];
+  store(from, x, Whole{});
+  copy(p, from, part.count);
+}
+inline void store(bf16* p, Vec x, Part part) {
+  bf16 from[kLanes];
+  store(from, x, Whole{});
+  copy(p, from, part.count);
+}
+
+#endif
 
 // f(i, lanes) for each register's worth of `count` elements.
 template <class F>
