@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
 BUILT := $(VENV)/built.stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test demo bench lint format clean
 
