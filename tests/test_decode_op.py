@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import LAYOUTS, decode_reference, generator, laid_out, native, needs_native
 
-from hgfast import ops
+from hgfast import _native, ops
 
 pytestmark = needs_native
 
@@ -121,6 +121,13 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(ValueError, match="hgfast::decode: .*" + message):
         ops.decode(torch.zeros(shape, dtype=dtype), method)
+
+
+def test_without_the_compiled_part_an_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_available", False)
+    monkeypatch.setattr(_native, "reason", "no compiled kernels: a test removed them")
+    with pytest.raises(RuntimeError, match="not available: no compiled kernels: a test removed"):
+        ops.decode(torch.zeros(1, 1, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
