@@ -146,9 +146,9 @@ inline void tile_multiply() {
 
 // All eight tiles at full size while it lives; then the configuration found before, so that
 // whoever else uses AMX in this thread (oneDNN caches its own) finds it unchanged.
-class ProductScope {
+class TileScope {
  public:
-  ProductScope() {
+  TileScope() {
     store_tile_config(before_);
     TileConfig full;
     full.palette = 1;
@@ -158,9 +158,9 @@ class ProductScope {
     }
     load_tile_config(full);
   }
-  ~ProductScope() { load_tile_config(before_); }
-  ProductScope(const ProductScope&) = delete;
-  ProductScope& operator=(const ProductScope&) = delete;
+  ~TileScope() { load_tile_config(before_); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
 
  private:
   TileConfig before_;

@@ -201,7 +201,7 @@ void run(const BottleneckParams& p, int threads, int64_t begin, int64_t end, voi
       store(buffers.bias + n, load(p.b3 + n, lanes) + load(p.bp + n, lanes), lanes);
     });
   }
-  [[maybe_unused]] const ProductScope scope;
+  [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t top = task % split.strips * split.rows;
     Strip<Operand, E>(p, buffers, task / split.strips)

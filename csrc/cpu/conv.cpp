@@ -78,7 +78,7 @@ template <class Operand, class E>
 void run(const ConvParams& p, int threads, int64_t begin, int64_t end, void* memory) {
   const Geometry g = Geometry::of(p, threads, Operand{});
   Operand* a = Scratch(memory).take<Operand>(round_up(g.block, 32) * g.depth.total());
-  [[maybe_unused]] const ProductScope scope;
+  [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
   int64_t a_at[kBlock], y_at[kBlock];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * g.block, pixels = min(g.block, g.pixels - first);

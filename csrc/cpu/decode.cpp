@@ -1,5 +1,8 @@
 // Heatmaps to joints: the place of each map's maximum, moved a quarter of a pixel towards the
-// higher neighbour. One task per heatmap; every value is read once, the winning row twice.
+// higher neighbour. Every value is read once.
+//
+// A task is one heatmap, searched a register along its rows at a time; or, where the joints of a
+// pixel are neighbours in memory (channels_last), a register of heatmaps, searched side by side.
 #include "table.h"
 #include "vec.h"
 
@@ -11,85 +14,101 @@ struct f16 {
   uint16_t bits;
 };
 
-float value(float x) { return x; }
-
-float value(bf16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
 // Exponent and mantissa, put where float32 has them, are the number times 2^-112, subnormals
-// included; infinity and NaN (exponent 31) need float32's own exponent for them.
-float value(f16 x) {
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
-  const uint32_t sign = (x.bits & 0x8000u) << 16;
-  float y;
-  memcpy(&y, &magnitude, sizeof y);
-  y *= 0x1p112f;
-  uint32_t bits;
-  memcpy(&bits, &y, sizeof bits);
-  bits |= special | sign;
-  memcpy(&y, &bits, sizeof y);
-  return y;
+// included; infinity and NaN (exponent 31) get float32's own exponent for them.
+template <class Lanes>
+Vec load(const f16* p, Lanes lanes) {
+  const Bits bits = __builtin_convertvector(load_halves(p, lanes), Bits);
+  const Bits number = (Bits)((Vec)((bits & 0x7fff) << 13) * 0x1p112f);
+  const Bits special = (bits & 0x7c00) == 0x7c00 ? Bits{} + 0x7f800000 : Bits{};
+  return (Vec)(number | special | (bits & 0x8000) << 16);
 }
 
-// The largest of a row, NaN if one is there.
 template <class T>
-float row_maximum(const T* row, int64_t width, int64_t stride) {
-  float best = value(row[0]);
-  for (int64_t x = 1; x < width; ++x) {
-    const float v = value(row[x * stride]);
-    if (v > best || v != v) best = v;
-    if (best != best) break;
+float value(const T* p) {
+  return load(p, Part{1})[0];
+}
+
+struct Peak {
+  float value;  // NaN if there is one in the map
+  int64_t x, y;
+};
+
+// A running maximum in every lane: NaN once one was seen, else the first of the largest.
+struct Running {
+  Vec best = splat(-__builtin_inff());
+  Bits place{};
+
+  void see(Vec v, int64_t at) {
+    const auto higher = (v > best) | (v != v);
+    best = higher ? v : best;
+    place = higher ? Bits{} + static_cast<uint32_t>(at) : place;
   }
-  return best;
-}
+};
 
-// The same over neighbours in memory, a register at a time.
+// A heatmap whose rows hold a register or more of neighbours in memory.
 template <class T>
-float dense_row_maximum(const T* row, int64_t width) {
-  if (width < kLanes) return row_maximum(row, width, 1);
-  Vec best = load(row, Whole{});
-  for (int64_t x = kLanes; x + kLanes <= width; x += kLanes)
-    best = maximum(best, load(row + x, Whole{}));
-  best = maximum(best, load(row + width - kLanes, Whole{}));  // the end, some of it again
-  float lanes[kLanes];
-  memcpy(lanes, &best, sizeof lanes);
-  return row_maximum(lanes, kLanes, 1);
+Peak find_peak_dense(const DecodeParams& p, const T* map) {
+  Running running;
+  for (int64_t y = 0; y < p.height; ++y) {
+    const auto see = [&](int64_t x) {
+      running.see(load(map + y * p.stride_h + x, Whole{}), y * p.width + x);
+    };
+    for (int64_t x = 0; x + kLanes <= p.width; x += kLanes) see(x);
+    if (p.width % kLanes) see(p.width - kLanes);  // the row's end, some of it again
+  }
+  float best = running.best[0];
+  int64_t first = running.place[0];
+  for (int i = 1; i < kLanes && best == best; ++i) {
+    const float v = running.best[i];
+    const int64_t at = running.place[i] + i;
+    if (v > best || v != v || (v == best && at < first)) {
+      best = v;
+      first = at;
+    }
+  }
+  return {best, first % p.width, first / p.width};
 }
 
-float any_row_maximum(const f16* row, int64_t width, int64_t stride) {
-  return row_maximum(row, width, stride);
-}
-
+// Any other.
 template <class T>
-float any_row_maximum(const T* row, int64_t width, int64_t stride) {
-  return stride == 1 ? dense_row_maximum(row, width) : row_maximum(row, width, stride);
+Peak find_peak(const DecodeParams& p, const T* map) {
+  Peak peak{-__builtin_inff(), 0, 0};
+  for (int64_t y = 0; y < p.height; ++y) {
+    for (int64_t x = 0; x < p.width; ++x) {
+      const float v = value(map + y * p.stride_h + x * p.stride_w);
+      if (v > peak.value || v != v) peak = {v, x, y};
+    }
+  }
+  return peak;
+}
+
+// Heatmaps side by side, one per lane.
+template <class T, class Lanes>
+void find_peaks(const DecodeParams& p, const T* maps, Lanes lanes, Peak* peaks) {
+  Running running;
+  for (int64_t y = 0; y < p.height; ++y) {
+    for (int64_t x = 0; x < p.width; ++x) {
+      const T* pixel = maps + y * p.stride_h + x * p.stride_w;
+      running.see(load(pixel, lanes), y * p.width + x);
+    }
+  }
+  for (int i = 0; i < kLanes; ++i)
+    peaks[i] = {running.best[i], running.place[i] % p.width, running.place[i] / p.width};
 }
 
 float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : 0.0f; }
 
 template <class T>
-void decode_heatmap(const DecodeParams& p, const T* map, float* coords, float* score) {
-  const auto at = [&](int64_t x, int64_t y) { return value(map[y * p.stride_h + x * p.stride_w]); };
-
-  float best = -__builtin_inff();
-  int64_t x = 0, y = 0;
-  for (int64_t row = 0; row < p.height && best == best; ++row) {
-    const float v = any_row_maximum(map + row * p.stride_h, p.width, p.stride_w);
-    if (v > best || v != v) {
-      best = v;
-      y = row;
-    }
-  }
+void write_joint(const DecodeParams& p, const T* map, const Peak& peak, float* coords,
+                 float* score) {
+  const auto at = [&](int64_t x, int64_t y) {
+    return value(map + y * p.stride_h + x * p.stride_w);
+  };
+  const auto [best, x, y] = peak;
   coords[0] = coords[1] = 0;
   *score = best;
   if (!(best > 0)) return;  // invisible, or NaN
-
-  while (at(x, y) != best) ++x;
   coords[0] = static_cast<float>(x);
   coords[1] = static_cast<float>(y);
   if (1 < x && x < p.width - 1 && 1 < y && y < p.height - 1) {
@@ -98,18 +117,37 @@ void decode_heatmap(const DecodeParams& p, const T* map, float* coords, float* s
   }
 }
 
+// Heatmaps per task.
+int64_t task_joints(const DecodeParams& p) { return p.stride_k == 1 ? kLanes : 1; }
+
 template <class T>
 void decode_heatmaps(const DecodeParams& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const T* map =
-        static_cast<const T*>(p.data) + i / p.joints * p.stride_b + i % p.joints * p.stride_k;
-    decode_heatmap(p, map, p.coords + 2 * i, p.scores + i);
+  const int64_t together = task_joints(p), groups = ceil_div(p.joints, together);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / groups, first = task % groups * together;
+    const int64_t count = min(together, p.joints - first);
+    const T* maps = static_cast<const T*>(p.data) + image * p.stride_b + first * p.stride_k;
+    Peak peaks[kLanes];
+    if (together == 1) {
+      const bool dense = p.stride_w == 1 && p.width >= kLanes;
+      peaks[0] = dense ? find_peak_dense(p, maps) : find_peak(p, maps);
+    } else if (count == kLanes) {
+      find_peaks(p, maps, Whole{}, peaks);
+    } else {
+      find_peaks(p, maps, Part{static_cast<int>(count)}, peaks);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t joint = image * p.joints + first + i;
+      write_joint(p, maps + i * p.stride_k, peaks[i], p.coords + 2 * joint, p.scores + joint);
+    }
   }
 }
 
 }  // namespace
 
-Work plan_decode(const DecodeParams& p, int) { return {.tasks = p.batch * p.joints, .scratch = 0}; }
+Work plan_decode(const DecodeParams& p, int) {
+  return {.tasks = p.batch * ceil_div(p.joints, task_joints(p)), .scratch = 0};
+}
 
 void decode(const DecodeParams& p, int, int64_t begin, int64_t end, void*) {
   switch (p.type) {

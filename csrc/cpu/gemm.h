@@ -43,6 +43,7 @@ template <>
 struct Tiling<float> {
   static constexpr int64_t kGroup = 1;  // slots whose rows must lie evenly spaced
   static constexpr int64_t kDepth = 1;  // channels come in multiples of this
+  struct Scope {};                      // lives around a task range's products
 };
 
 // A pixel's channels as an operand: padded with zeros.
@@ -260,7 +261,6 @@ namespace hgfast::cpu::HGFAST_ISA {
 using Bf16Operand = bf16;
 #else
 using Bf16Operand = float;
-struct ProductScope {};  // state that products need around them: none
 #endif
 
 // Runs f(operand, element) with values of the C++ types.

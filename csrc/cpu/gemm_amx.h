@@ -18,6 +18,7 @@ template <>
 struct Tiling<bf16> {
   static constexpr int64_t kGroup = kTileRows;
   static constexpr int64_t kDepth = 32;
+  using Scope = TileScope;
 };
 
 constexpr int64_t kTilePanel = 32;                         // channels

@@ -78,10 +78,10 @@ inline Vec load(const float* p, Whole) {
   memcpy(&x, p, sizeof x);
   return x;
 }
-inline Vec load(const bf16* p, Whole) {
+inline Halves load_halves(const void* p, Whole) {
   Halves x;
   memcpy(&x, p, sizeof x);
-  return from_bf16(x);
+  return x;
 }
 inline void store(float* p, Vec x, Whole) { memcpy(p, &x, sizeof x); }
 inline void store(bf16* p, Vec x, Whole) {
@@ -93,8 +93,8 @@ inline void store(bf16* p, Vec x, Whole) {
 
 inline __mmask16 mask(Part part) { return static_cast<__mmask16>((1u << part.count) - 1); }
 inline Vec load(const float* p, Part part) { return _mm512_maskz_loadu_ps(mask(part), p); }
-inline Vec load(const bf16* p, Part part) {
-  return from_bf16((Halves)_mm256_maskz_loadu_epi16(mask(part), p));
+inline Halves load_halves(const void* p, Part part) {
+  return (Halves)_mm256_maskz_loadu_epi16(mask(part), p);
 }
 inline void store(float* p, Vec x, Part part) { _mm512_mask_storeu_ps(p, mask(part), x); }
 inline void store(bf16* p, Vec x, Part part) {
@@ -125,10 +125,10 @@ inline Vec load(const float* p, Part part) {
   copy(x, p, part.count);
   return load(x, Whole{});
 }
-inline Vec load(const bf16* p, Part part) {
-  bf16 x[kLanes] = {};
-  copy(x, p, part.count);
-  return load(x, Whole{});
+inline Halves load_halves(const void* p, Part part) {
+  uint16_t x[kLanes] = {};
+  copy(x, static_cast<const uint16_t*>(p), part.count);
+  return load_halves(x, Whole{});
 }
 inline void store(float* p, Vec x, Part part) {
   float from[kLanes];
@@ -142,6 +142,11 @@ inline void store(bf16* p, Vec x, Part part) {
 }
 
 #endif
+
+template <class Lanes>
+inline Vec load(const bf16* p, Lanes lanes) {
+  return from_bf16(load_halves(p, lanes));
+}
 
 // f(i, lanes) for each register's worth of `count` elements.
 template <class F>
