@@ -41,8 +41,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// Elementwise work over `count` elements in pieces of `piece`, about as many as threads can
-// share evenly: small enough to balance, large enough to be worth a task.
+// Elementwise work over `count` elements or rows, a task per `piece` of them.
 inline Work elementwise_work(int64_t count, int64_t piece) {
   return {.tasks = ceil_div(count, piece), .scratch = 0};
 }

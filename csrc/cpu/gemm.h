@@ -193,7 +193,7 @@ MultiplyTile<E> tile_of(int64_t rows) {
 template <class E>
 void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n,
           const Epilogue<E>& epilogue) {
-  // Tiles of even height: two of 8 rows keep the FMA ports busier than one of 14 and one of 2.
+  // Tiles of even height: two of 7 rows keep the FMA ports busier than one of 12 and one of 2.
   const int64_t rows = ceil_div(slots, ceil_div(slots, kRows));
   for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
     const bool narrow = n - n0 <= kLanes;

@@ -6,17 +6,20 @@ namespace hgfast::cpu::HGFAST_ISA {
 
 namespace {
 
-// The weight of output channel n at place k of its padded depth; 0 in the padding.
 struct Weights {
   const float* weight;  // (out, in, taps)
   int64_t out, in, taps;
   Depth depth;
 
-  float at(int64_t n, int64_t k) const {
+  // to(i, weight of channel n0 + i at place k of the padded depth), 0 in the padding.
+  template <class F>
+  void each_channel(int64_t n0, int64_t count, int64_t k, F to) const {
     const int64_t within = k % depth.stride;
-    if (n >= out || within >= depth.length) return 0;
     const int64_t flat = k / depth.stride * depth.length + within;  // (tap, in channel)
-    return weight[(n * in + flat % in) * taps + flat / in];
+    const float* from = weight + (n0 * in + flat % in) * taps + flat / in;
+    const int64_t real = within < depth.length ? min(count, out - n0) : 0;
+    for (int64_t i = 0; i < real; ++i, from += in * taps) to(i, *from);
+    for (int64_t i = real; i < count; ++i) to(i, 0.0f);
   }
 };
 
@@ -25,9 +28,8 @@ void pack_panels(const Weights& weights, float* packed) {
   const int64_t out = round_up(weights.out, kLanes);
   for (int64_t n0 = 0; n0 < out; n0 += kPanel) {
     const int64_t width = min(kPanel, out - n0);
-    for (int64_t k = 0; k < weights.depth.total(); ++k) {
-      for (int64_t n = n0; n < n0 + width; ++n) *packed++ = weights.at(n, k);
-    }
+    for (int64_t k = 0; k < weights.depth.total(); ++k, packed += width)
+      weights.each_channel(n0, width, k, [&](int64_t i, float w) { packed[i] = w; });
   }
 }
 
@@ -35,13 +37,13 @@ void pack_panels(const Weights& weights, float* packed) {
 // [panel][k / 32][half of the panel][k pair][channel][2]
 void pack_panels(const Weights& weights, bf16* packed) {
   for (int64_t n0 = 0; n0 < weights.out; n0 += kTilePanel) {
-    for (int64_t k0 = 0; k0 < weights.depth.total(); k0 += 32) {
-      for (int64_t i = 0; i < 2 * kTileOfB; ++i) {
-        const int64_t n = n0 + i / kTileOfB * 16 + i % 32 / 2,
-                      k = k0 + i % kTileOfB / 32 * 2 + i % 2;
-        store(packed++, splat(weights.at(n, k)), Part{1});
-      }
+    for (int64_t k = 0; k < weights.depth.total(); ++k) {
+      bf16* pair = packed + k / 32 * (2 * kTileOfB) + k % 32 / 2 * 32 + k % 2;
+      weights.each_channel(n0, kTilePanel, k, [&](int64_t i, float w) {
+        store(pair + i / 16 * kTileOfB + i % 16 * 2, splat(w), Part{1});
+      });
     }
+    packed += weights.depth.total() * kTilePanel;
   }
 }
 #endif
