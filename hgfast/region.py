@@ -237,10 +237,18 @@ def _tensor(module: nn.Module, name: str) -> Any:
     return value
 
 
-def _watched(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Every module of the region, and whether training mode changes what it does."""
-    modal = (_BatchNorm, _DropoutNd)
-    return [(child, child is module or isinstance(child, modal)) for child in module.modules()]
+def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:
+    """Every module of the region; whether training mode changes what it does; whether it is one
+    of PyTorch's own layers, which ask for no attribute that they were not built with."""
+    modal, containers = (_BatchNorm, _DropoutNd), (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return [
+        (
+            child,
+            child is module or isinstance(child, modal),
+            type(child).__module__.startswith("torch.nn.") and not isinstance(child, containers),
+        )
+        for child in module.modules()
+    ]
 
 
 def regions_of(model: nn.Module) -> list[Region]:
