@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -127,7 +127,8 @@ def heatmap_overlay(
         alpha = np.clip(np.asarray(large), 0, 1)[..., None]
         glow = np.asarray(SIDES[side], np.float32) / 255
         core = glow + (1 - glow) * np.clip(2 * alpha - 1.1, 0, 1)
-        base += (core - base) * (strength * alpha ** np.float32(0.8))
+        # Squared: the wide feet of many Gaussians would add up to fog.
+        base += (core - base) * (strength * alpha * alpha)
     return Image.fromarray((np.clip(base, 0, 1) * 255).astype(np.uint8))
 
 
@@ -142,11 +143,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Bars:
-    """A small bar chart: a title and (name, value) pairs, with the value's unit."""
+    """A small bar chart: a title and (name, value) pairs, with the value's unit.
+
+    The bars whose names start with ``accent`` are coloured.
+    """
 
     title: str
     values: Sequence[tuple[str, float]]
     unit: str = "ms"
+    accent: str = "hgfast"
 
 
 def pose_page(
@@ -156,6 +161,7 @@ def pose_page(
     charts: Sequence[Bars] = (),
     footer: str = "",
     cell: int = 224,
+    text: int = 17,
 ) -> Image.Image:
     """Compose a page: a title, rows of pictures, bar charts below them.
 
@@ -166,6 +172,7 @@ def pose_page(
         charts: put side by side under the pictures.
         footer: the small print; line breaks are kept.
         cell: width of a picture in pixels.
+        text: height of the text in pixels; headline and small print follow.
 
     Raises:
         ValueError: no row has a picture.
@@ -173,40 +180,44 @@ def pose_page(
     count = max((len(row.images) for row in rows), default=0)
     if count == 0:
         raise ValueError("pose_page expects at least one picture")
-    margin, gap, label_width = cell // 5, cell // 18, round(cell * 0.42)
-    title_font, text_font, small_font = (_font(cell * f) for f in (0.16, 0.078, 0.067))
-    width = 2 * margin + label_width + count * (cell + gap) - gap
-    head = margin + round(cell * 0.24) + (subtitle.count("\n") + 1) * round(cell * 0.11)
-    tall = [cell + (round(cell * 0.13) if row.captions else 0) + gap for row in rows]
-    chart_height = round(cell * 0.17) * max((len(c.values) for c in charts), default=0)
-    chart_height += round(cell * 0.30) if charts else 0
-    foot = (footer.count("\n") + 1) * round(cell * 0.095) if footer else 0
-    height = head + sum(tall) + chart_height + foot + margin
-    page = Image.new("RGB", (width, height), _PAPER)
+    margin, gap, line = 5 * text // 2, 3 * text // 4, 3 * text // 2
+    fonts = _Fonts(*(ImageFont.load_default(max(8, f * text)) for f in (2.1, 1.0, 0.86)))
+    labels = [fonts.text.getlength(part) for row in rows for part in row.label.split("\n")]
+    indent = round(max(labels) + 1.5 * text) if max(labels) else 0
+    width = 2 * margin + indent + count * (cell + gap) - gap
+    widest = max(fonts.title.getlength(title), fonts.small.getlength(footer.split("\n")[0]))
+    width = max(width, round(widest) + 2 * margin)
+    heights = [cell + (line if row.captions else 0) + gap for row in rows]
+    top = margin + 3 * text + line * len(subtitle.splitlines())
+    charts_at = top + sum(heights) + text
+    footer_at = charts_at + max(((len(c.values) + 2) * line + text for c in charts), default=0)
+    page = Image.new("RGB", (width, footer_at + line * len(footer.splitlines()) + margin), _PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((margin, margin * 0.75), title, _INK, title_font)
-    draw.multiline_text(
-        (margin, margin * 0.75 + cell * 0.23), subtitle, _FAINT, text_font, spacing=cell * 0.03
-    )
-    y = head
-    for row, step in zip(rows, tall, strict=True):
-        draw.multiline_text((margin, y + cell * 0.04), row.label, _INK, text_font)
+    spacing = text * 0.45
+    draw.text((margin, margin - text // 2), title, _INK, fonts.title)
+    below = (margin, margin + 2.4 * text)
+    draw.multiline_text(below, subtitle, _FAINT, fonts.text, spacing=spacing)
+    y = top
+    for row, height in zip(rows, heights, strict=True):
+        draw.multiline_text((margin, y + text // 2), row.label, _INK, fonts.text, spacing=spacing)
         for i, picture in enumerate(row.images):
-            x = margin + label_width + i * (cell + gap)
-            page.paste(*_rounded(picture, cell, (x, y)))
+            x = margin + indent + i * (cell + gap)
+            page.paste(*_rounded(picture, cell, (x, y), radius=text))
             if i < len(row.captions):
-                middle = (x + cell / 2, y + cell + cell * 0.035)
-                draw.text(middle, row.captions[i], _FAINT, small_font, anchor="ma")
-        y += step
-    if charts:
-        each = (width - 2 * margin - (len(charts) - 1) * 2 * gap) / len(charts)
-        for i, chart in enumerate(charts):
-            left = margin + i * (each + 2 * gap)
-            _bars(draw, chart, (left, y + cell * 0.06), each, cell, text_font, small_font)
-    draw.multiline_text(
-        (margin, height - margin * 0.7 - foot), footer, _FAINT, small_font, spacing=cell * 0.025
-    )
+                middle = (x + cell / 2, y + cell + 0.4 * text)
+                draw.text(middle, row.captions[i], _FAINT, fonts.small, anchor="ma")
+        y += height
+    for i, chart in enumerate(charts):
+        share = (width - 2 * margin + 3 * gap) / len(charts)
+        _bars(draw, chart, (margin + i * share, charts_at), share - 3 * gap, text, fonts)
+    draw.multiline_text((margin, footer_at), footer, _FAINT, fonts.small, spacing=spacing)
     return page
+
+
+class _Fonts(NamedTuple):
+    title: Any
+    text: Any
+    small: Any
 
 
 def _bars(
@@ -214,28 +225,26 @@ def _bars(
     chart: Bars,
     corner: tuple[float, float],
     width: float,
-    cell: int,
-    title_font: Any,
-    font: Any,
+    text: int,
+    fonts: _Fonts,
 ) -> None:
     x, y = corner
-    draw.text((x, y), chart.title, _INK, title_font)
+    draw.text((x, y), chart.title, _INK, fonts.text)
     longest = max(value for _, value in chart.values)
-    names = max(draw.textlength(name, font) for name, _ in chart.values) + cell * 0.06
-    room = width - names - cell * 0.45
+    names = max(fonts.small.getlength(name) for name, _ in chart.values) + text
+    room = width - names - 5 * text
     for i, (name, value) in enumerate(chart.values):
-        top = y + cell * (0.16 + 0.17 * i)
-        tall = cell * 0.105
-        best = value == min(v for _, v in chart.values)
-        draw.text((x, top + tall / 2), name, _INK if best else _FAINT, font, anchor="lm")
+        top, tall = y + 1.5 * text * (i + 1.3), 0.95 * text
+        ours = name.startswith(chart.accent)
+        draw.text((x, top + tall / 2), name, _INK if ours else _FAINT, fonts.small, anchor="lm")
         bar = (x + names, top, x + names + max(room * value / longest, 4), top + tall)
-        draw.rounded_rectangle(bar, tall * 0.25, fill=SIDES["right"] if best else _RULE)
-        text = f"{value:.3g} {chart.unit}"
-        draw.text((bar[2] + cell * 0.03, top + tall / 2), text, _INK, font, anchor="lm")
+        draw.rounded_rectangle(bar, tall * 0.25, fill=SIDES["right"] if ours else _RULE)
+        label = f"{value:.{0 if value >= 100 else 1}f} {chart.unit}"
+        draw.text((bar[2] + text / 2, top + tall / 2), label, _INK, fonts.small, anchor="lm")
 
 
 def _rounded(
-    picture: Image.Image, cell: int, corner: tuple[int, int]
+    picture: Image.Image, cell: int, corner: tuple[int, int], radius: int
 ) -> tuple[Image.Image, tuple[int, int], Image.Image]:
     """A picture fitted into a cell, where it goes, and a mask with round corners."""
     scale = cell / max(picture.size)
@@ -243,13 +252,9 @@ def _rounded(
     fitted = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     mask = Image.new("L", (size[0] * 4, size[1] * 4))
     box = (0, 0, mask.width - 1, mask.height - 1)
-    ImageDraw.Draw(mask).rounded_rectangle(box, radius=cell * 0.2, fill=255)
+    ImageDraw.Draw(mask).rounded_rectangle(box, radius=4 * radius, fill=255)
     place = (corner[0] + (cell - size[0]) // 2, corner[1] + (cell - size[1]) // 2)
     return fitted, place, mask.resize(size, Image.Resampling.LANCZOS)
-
-
-def _font(size: float) -> Any:
-    return ImageFont.load_default(max(8, round(size)))
 
 
 def _sides(bones: Bones, count: int) -> list[str]:

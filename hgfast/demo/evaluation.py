@@ -26,7 +26,7 @@ def held_out(count: int, start: int = 0) -> range:
 
 def to_input(images: NDArray[np.uint8]) -> Tensor:
     """Images (B, H, W, 3) uint8 -> network input (B, 3, H, W) float32."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]).contiguous()
 
 

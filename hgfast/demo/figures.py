@@ -135,7 +135,7 @@ def render(seed: int, size: int = SIZE, supersample: int = 2) -> Figure:
     _draw_person(canvas, body, outfit, place)
     person = canvas.depth > -np.inf
     near = 10.0 * side
-    for _ in range(int(rng.choice([0, 1, 2], p=[0.68, 0.25, 0.07]))):
+    for _ in range(int(rng.choice([0, 1, 2], p=[0.72, 0.23, 0.05]))):
         scenery.foreground(rng, canvas, near)
     person &= canvas.depth < 0.5 * near
 
@@ -184,12 +184,12 @@ class _Place:
 
 
 def _frame(rng: np.random.Generator, body: pose.Body) -> tuple[float, Array]:
-    """Scale and offset: most people fit into the picture, one in six is cut by its border."""
+    """Scale and offset: most people fit into the picture, one in nine is cut by its border."""
     points = np.concatenate([body.joints, *(p[None] for p in body.hands + body.toes)])[:, :2]
     low, high = points.min(0) - 0.02, points.max(0) + 0.02
     extent = float(max((high - low).max(), 0.72))
-    cut = rng.random() < 0.17
-    unit = (rng.uniform(0.95, 1.35) if cut else rng.uniform(0.70, 0.97)) / extent
+    cut = rng.random() < 0.11
+    unit = (rng.uniform(0.95, 1.25) if cut else rng.uniform(0.74, 0.98)) / extent
     slack = np.abs(1 / unit - (high - low)) / 2 + (0.06 if cut else 0.0)
     centre = (low + high) / 2 + rng.uniform(-1, 1, 2) * slack * (1.0 if cut else 0.8)
     return unit, (0.5 / unit - centre).astype(np.float32)

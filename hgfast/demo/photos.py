@@ -22,6 +22,7 @@ from hgfast.viz import Row, draw_skeleton, heatmap_overlay, pose_page
 
 # The heatmap peaks above which a joint is drawn at all, and drawn full rather than hollow.
 _SHOWN, _SURE = 0.05, 0.3
+_CELL = 560  # a picture's width on the page
 
 
 def run_photos(args: Namespace, console: Console) -> None:
@@ -52,13 +53,15 @@ def run_photos(args: Namespace, console: Console) -> None:
         _print_joints(console, path, joints, score)
         target = folder / _name(path, taken)
         drawn = draw_skeleton(photo, joints, shown=score > _SHOWN, sure=score > _SURE)
-        heat = heatmap_overlay(crop, heatmaps[0].numpy())
+        large = Image.fromarray(crop).resize((_CELL, _CELL), Image.Resampling.BICUBIC)
+        heat = heatmap_overlay(large, heatmaps[0].numpy())
         page = pose_page(
             path.name,
             [Row("", [drawn, heat])],
             subtitle=f"{int((score > _SURE).sum())} of {len(JOINTS)} joints peak above {_SURE}",
             footer="warm: the person's right   cool: left   hollow: a weak peak",
-            cell=560,
+            cell=_CELL,
+            text=20,
         )
         page.save(target)
         console.print(f"saved [bold]{escape(str(target))}[/]", soft_wrap=True)

@@ -46,7 +46,7 @@ _ATTITUDES = (
     Attitude(((20, 70, 10, 25),), ((20, 75, 15, 110),), 0.7, lean=20),  # squat
     Attitude(((85, 0, 0, 10),), ((8, 0, 5, 5), (55, 10, 40, 95)), 0.8),  # tree
     Attitude(((60, 20, 30, 40), (110, 10, 0, 30)), ((8, -5, 5, 8), (20, 65, 5, 20)), 0.8),  # kick
-    Attitude(((60, 30, 20, 60),), ((15, 15, 10, 30),), 2.5, spread=2.0),  # anything
+    Attitude(((60, 30, 20, 60),), ((15, 15, 10, 30),), 2.0, spread=1.8),  # anything
 )
 _ARM_SPREAD, _LEG_SPREAD = (20.0, 22.0, 25.0, 22.0), (8.0, 14.0, 8.0, 16.0)
 _ARM_LIMITS = ((-8.0, -55.0, -100.0, 0.0), (170.0, 150.0, 100.0, 145.0))
@@ -132,7 +132,7 @@ def _angles(
 def sample(rng: np.random.Generator) -> Body:
     """Draw a person and a pose.
 
-    Two in three face the camera within 70 degrees, one in five shows the back.
+    Three in four face the camera within 65 degrees, one in five shows the back, few the side.
     """
     build = Build.sample(rng)
     odds = np.array([attitude.odds for attitude in _ATTITUDES])
@@ -142,13 +142,13 @@ def sample(rng: np.random.Generator) -> Body:
     lean = attitude.lean + rng.normal(4, 8)
 
     turn = rng.random()
-    if turn < 0.68:
-        yaw = float(np.clip(rng.normal(0, 32), -75, 75))
-    elif turn < 0.88:
-        yaw = 180 + float(np.clip(rng.normal(0, 30), -70, 70))
+    if turn < 0.77:
+        yaw = float(np.clip(rng.normal(0, 28), -65, 65))
+    elif turn < 0.95:
+        yaw = 180 + float(np.clip(rng.normal(0, 26), -60, 60))
     else:
         yaw = float(rng.choice([-90, 90]) + rng.normal(0, 15))
-    roll = rng.normal(0, 8) if rng.random() < 0.94 else rng.uniform(-60, 60)
+    roll = rng.normal(0, 8) if rng.random() < 0.95 else rng.uniform(-50, 50)
 
     root = rotation("z", roll) @ rotation("x", rng.normal(4, 6)) @ rotation("y", yaw)
     torso = (

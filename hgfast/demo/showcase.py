@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import platform
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from hgfast.viz import Bars, Row, draw_skeleton, heatmap_overlay, pose_page
 
 # The figures of the picture: consecutive held-out seeds, chosen for the look of the figures
 # before any network had seen them.
-_SHOWN = HELD_OUT[2024:2030]
-_CELL = 224
+_SHOWN = HELD_OUT[2034:2040]
+_CELL = 272
 _PRECISIONS = ("highest", "medium")
 
 
@@ -64,9 +65,19 @@ def run_showcase(args: Namespace, console: Console) -> None:
     folder = output_folder(args.out)
     count = 32 if args.quick else 256
     console.print(
-        f"[bold]hgfast {hgfast.__version__}[/] on {_machine()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads\n"
+        f"[bold]hgfast {hgfast.__version__}[/], torch {torch.__version__}, "
+        f"{_threads()} on {escape(_machine())}",
+        highlight=False,
+        soft_wrap=True,
     )
+    busy = _other_load()
+    if busy > 0.5:
+        console.print(
+            f"[yellow]Other programs are running (load average {busy:.1f}): latencies are "
+            "inflated and ratios rough.[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
     figures = [
         render(seed) for seed in track(held_out(count), "rendering figures", console=console)
     ]
@@ -79,8 +90,8 @@ def run_showcase(args: Namespace, console: Console) -> None:
             _describe(model, f"{SIZE}x{SIZE}"),
             model,
             to_input(images[:8]),
-            args.quick,
-            lambda network: pck(predict(network, images)[0], joints, visible),
+            blocks=1 if args.quick else 3,
+            accuracy=lambda network: pck(predict(network, images)[0], joints, visible),
         )
     torch.manual_seed(0)
     large_model = hgfast.models.hourglass(stacks=2, features=256).eval()
@@ -89,16 +100,18 @@ def run_showcase(args: Namespace, console: Console) -> None:
             _describe(large_model, "256x256") + ", random weights",
             large_model,
             torch.rand(1, 3, 256, 256) - 0.5,
-            args.quick,
+            blocks=1 if args.quick else 2,
         )
-    console.print(_table([small, large]))
+    console.print(_table(small), _table(large), sep="\n")
     console.print(
         "Latency: median of one image's forward pass. Error: relative L2 against float64.\n"
         "Shift: of heatmap maxima against float64, in heatmap pixels; random weights make noise,\n"
         f"whose maxima may be near-ties. PCK@0.2: {count} held-out figures, 0.2 of the torso.\n",
-        style="dim", highlight=False,
-    )  # fmt: skip
-    console.print(str(hgfast.report(fast)), markup=False, highlight=False)
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(str(hgfast.report(fast)), markup=False, highlight=False, soft_wrap=True)
     target = folder / "figures.png"
     _picture(fast, small, large, count).save(target)
     console.print(f"\nsaved [bold]{escape(str(target))}[/]", soft_wrap=True)
@@ -108,7 +121,7 @@ def _measure(
     name: str,
     model: nn.Module,
     x: Tensor,
-    quick: bool,
+    blocks: int,
     accuracy: Callable[[nn.Module], float] = lambda model: math.nan,
 ) -> tuple[Result, nn.Module]:
     """Run a network in every way: latency on the first image of ``x``, errors on all.
@@ -130,7 +143,7 @@ def _measure(
         for (run, network), one in zip(networks.items(), inputs, strict=True)
     }
     with torch.inference_mode():
-        times = time_alternately(calls, blocks=1 if quick else 3)
+        times = time_alternately(calls, blocks)
     runs = [
         Run(run, times[run], checks.get(run), accuracy(network))
         for run, network in networks.items()
@@ -138,24 +151,21 @@ def _measure(
     return Result(name, runs), networks['hgfast "highest"']
 
 
-def _table(results: Sequence[Result]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("network", "run", "latency", "ratio", "error", "shift", "verified", "PCK@0.2"):
-        table.add_column(column, justify="left" if column in ("network", "run") else "right")
-    for result in results:
-        for i, run in enumerate(result.runs):
-            check = run.check
-            table.add_row(
-                result.name if i == 0 else "",
-                run.name,
-                f"{run.latency:.2f} ms",
-                f"{result.runs[0].latency / run.latency:.2f}x",
-                f"{check.rel:.1e}" if check else "",
-                f"{check.keypoint_shift:.2f}" if check else "",
-                "" if check is None else "[green]ok[/]" if check.ok else "[red]FAILED[/]",
-                "" if math.isnan(run.accuracy) else f"{run.accuracy:.4f}",
-            )
-        table.add_section()
+def _table(result: Result) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=result.name, title_justify="left", title_style="bold")
+    for column in ("run", "latency", "ratio", "error", "shift", "verified", "PCK@0.2"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
+    for run in result.runs:
+        check = run.check
+        table.add_row(
+            run.name,
+            f"{run.latency:.2f} ms",
+            f"{result.runs[0].latency / run.latency:.2f}x",
+            f"{check.rel:.1e}" if check else "",
+            f"{check.keypoint_shift:.2f}" if check else "",
+            "" if check is None else "[green]ok[/]" if check.ok else "[red]FAILED[/]",
+            "" if math.isnan(run.accuracy) else f"{run.accuracy:.4f}",
+        )
     return table
 
 
@@ -204,7 +214,7 @@ def _picture(fast: nn.Module, small: Result, large: Result, count: int) -> Image
             Bars(f"{result.name}: latency", [(run.name, run.latency) for run in result.runs])
             for result in (small, large)
         ],
-        footer=f"{_machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        footer=f"{_machine()}, torch {torch.__version__}, {_threads()}, "
         "batch 1, median. Skeletons: warm is the person's right, cool the left, hollow a weak "
         "peak, thin white the truth.\nA caption counts the joints within 0.2 torsos of the truth.",
         cell=_CELL,
@@ -216,6 +226,19 @@ def _describe(model: StackedHourglass, size: str) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     count = f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
     return f"HG-{len(model.heads)}, {features} features, {size} ({count} parameters)"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def _other_load() -> float:
+    """Programs that wanted a core over the last minute, on average."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on every system
+        return 0.0
 
 
 def _machine() -> str:

@@ -49,16 +49,16 @@ _CHUNK = 64
 class Recipe:
     """Everything that decides the outcome of a training run."""
 
-    steps: int = 3600
-    batch: int = 24
-    fresh: int = 8  # new figures per step; the rest of a batch is drawn from recent ones
+    steps: int = 3200
+    batch: int = 16
+    fresh: int = 6  # new figures per step; the rest of a batch is drawn from recent ones
     memory: int = 6144  # how many recent figures are kept
-    peak_rate: float = 1.5e-2
+    peak_rate: float = 1e-2
     sigma: float = 1.5  # of the target Gaussians, in heatmap cells
     foreground: float = 10.0  # how much more an error at a Gaussian's peak counts
     seed: int = 0
     stacks: int = 1
-    features: int = 32
+    features: int = 64
     depth: int = 4
 
 
@@ -95,7 +95,7 @@ def figure_stream(recipe: Recipe, workers: int) -> Iterator[Batch]:
         waiting: deque[Any] = deque()
         first = 0
         while True:
-            while len(waiting) < 2 * workers + 2:
+            while len(waiting) < workers + 1:
                 seeds = [training_seed(recipe.seed, first + i) for i in range(_CHUNK)]
                 waiting.append(pool.apply_async(_render_chunk, (seeds,)))
                 first += _CHUNK
