@@ -14,7 +14,7 @@ export HGFAST_AMX_MODEL ?= 1
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
 BUILT := $(VENV)/built.stamp
-NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
+NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test demo bench lint format clean

@@ -18,7 +18,7 @@ import torch  # first: the module finds torch's libraries already in the process
 from hgfast._version import __version__
 
 _FOLDER = Path(__file__).resolve().parent
-_BUILT_FOR = re.compile(rb"hgfast was built for torch=([^;\0]+);")  # csrc/build_info.cpp
+_BUILT_FOR = re.compile(rb"hgfast was built for torch=([\w.+-]+);")  # csrc/build_info.cpp
 
 reason: str | None = None
 """Why `load()` gave None; None before its first call, and where the module is loaded."""
