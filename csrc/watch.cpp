@@ -2,8 +2,8 @@
 //
 // The pass runs before every call of an optimised model, over some 590 tensors and 300 modules
 // for a 2-stack hourglass. All it does is compare pointers and counters that lie scattered in
-// memory, so its cost is cache lines: it follows cached addresses, walks dictionaries in place
-// (PyDict_Next hashes nothing), looks only where a change would matter, and prefetches.
+// memory, so its cost is cache lines: it follows cached addresses, hashes nothing it need not,
+// looks only where a change would matter, and prefetches.
 #include "watch.h"
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -60,10 +60,25 @@ struct TensorState {
   }
 };
 
+// CPython gives a dictionary a new tag at every change, so an old tag means no change: one look
+// instead of a walk. From 3.14 on there is none, and the walk alone decides.
+#if PY_VERSION_HEX < 0x030E0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+bool has_tag(PyObject* dict, uint64_t tag) {
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == tag;
+}
+uint64_t tag_of(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+#pragma GCC diagnostic pop
+#else
+bool has_tag(PyObject*, uint64_t) { return false; }
+uint64_t tag_of(PyObject*) { return 0; }
+#endif
+
 // A dictionary of a module and the values it held.
 class DictState {
  public:
-  explicit DictState(const py::object& dict) : dict_(dict) {
+  explicit DictState(const py::object& dict) : dict_(dict), tag_(tag_of(dict.ptr())) {
     Py_ssize_t position = 0;
     PyObject *key = nullptr, *value = nullptr;
     while (PyDict_Next(dict_.ptr(), &position, &key, &value)) {
@@ -71,7 +86,13 @@ class DictState {
     }
   }
 
-  bool same_objects() const {
+  bool same_objects() const { return has_tag(dict_.ptr(), tag_) || walk(); }
+  void prefetch() const { __builtin_prefetch(dict_.ptr()); }
+  const std::vector<py::object>& values() const { return values_; }
+
+ private:
+  bool walk() const {
+    const uint64_t tag = tag_of(dict_.ptr());
     Py_ssize_t position = 0;
     PyObject *key = nullptr, *value = nullptr;
     auto expected = values_.begin();
@@ -79,15 +100,14 @@ class DictState {
       if (expected == values_.end() || expected->ptr() != value) return false;
       ++expected;
     }
-    return expected == values_.end();
+    if (expected != values_.end()) return false;
+    tag_ = tag;  // changed and changed back; the GIL is held
+    return true;
   }
 
-  void prefetch() const { __builtin_prefetch(dict_.ptr()); }
-  const std::vector<py::object>& values() const { return values_; }
-
- private:
   py::object dict_;
   std::vector<py::object> values_;
+  mutable uint64_t tag_;
 };
 
 template <class State, class Holds>

@@ -377,6 +377,18 @@ def test_packed_weights_follow(change: object) -> None:
     assert_same(fast, fast, image())
 
 
+def test_nothing_is_packed_anew_without_a_change() -> None:
+    fast = hgfast.optimize(small_hourglass())
+    run(fast, image())
+    (region,) = regions_of(fast)
+    packed = region._state
+    run(fast, image())
+    fast.stem.conv.weight = fast.stem.conv.weight  # the dictionary changed, its contents did not
+    fast.heads[0].conv = fast.heads[0].conv
+    run(fast, image())
+    assert region._state is packed
+
+
 def test_writes_that_nothing_can_notice_need_refresh() -> None:
     fast = hgfast.optimize(small_hourglass())
     run(fast, image())
