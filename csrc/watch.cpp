@@ -185,7 +185,8 @@ class Watch {
   void watch_tensor(const py::object& value) {
     if (!THPVariable_Check(value.ptr())) return;
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-    if (!tensor.is_floating_point()) return;  // counts batches: no weight
+    // Integers too: training moves a BatchNorm's running statistics without counting it as a
+    // change, and num_batches_tracked is what tells.
     tensors_.emplace_back(value.ptr());
     // Weak: the address cannot be used again while we hold it, and the memory is not kept.
     if (tensor.has_storage()) storages_.push_back(tensor.storage().getWeakStorageImpl());
