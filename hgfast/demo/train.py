@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _render_chunk(seeds: Sequence[int]) -> Batch:
     return render_many(seeds, supersample=1)
 
 
-def figure_stream(recipe: Recipe, workers: int) -> Iterator[Batch]:
+def figure_stream(recipe: Recipe, workers: int) -> Generator[Batch, None, None]:
     """Chunks of rendered figures, always in the same order, rendered a few chunks ahead."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool:
@@ -156,8 +157,9 @@ def train(recipe: Recipe, workers: int, console: Console) -> StackedHourglass:
     )  # fmt: skip
     # Only to watch: nothing is chosen by it, and the final score is of other figures.
     watched = render_many(held_out(128, start=100_000))
-    memory = Memory(recipe, figure_stream(recipe, workers))
-    with Progress(*columns, console=console) as progress:
+    stream = figure_stream(recipe, workers)
+    memory = Memory(recipe, stream)
+    with closing(stream), Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=recipe.steps, loss=float("nan"))
         smooth = None
         for step in range(1, recipe.steps + 1):
@@ -223,8 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": f"python -m hgfast.demo.train --steps {recipe.steps} --seed {recipe.seed}",
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "minutes": round(minutes, 1),
         "cores": cores,
+        "minutes": round(minutes, 1),
+        "processor minutes": round(sum(os.times()[:4]) / 60, 1),  # tells more on a busy machine
         "torch": torch.__version__,
         "held out": result,
     }
