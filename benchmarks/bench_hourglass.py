@@ -1,6 +1,6 @@
 """Whole networks on the CPU: eager, torch.compile and hgfast on the same input in one run.
 
-    make bench PYTEST_ARGS="-k hourglass --benchmark-json=hourglass.json"
+    make bench PYTEST_ARGS="-k HG-2 --benchmark-json=hourglass.json"
     python benchmarks/table.py hourglass.json
 
 Each test is one block of calls of one candidate: the first calls are dropped (idle threads of

@@ -28,26 +28,31 @@ enum class Finding : int {
 
 constexpr size_t kAhead = 8;  // entries to prefetch: more than one memory latency of work
 
-// A tensor's memory and contents, as far as autograd counts them. The impl lives as long as
-// the Python object, which the dictionary's snapshot holds.
+// A tensor's memory and contents, as far as autograd counts them. The Python object is alive,
+// because the dictionary's snapshot holds it; what it stands for may be swapped.
 struct TensorState {
-  explicit TensorState(PyObject* object)
-      : impl(THPVariable_Unpack(object).unsafeGetTensorImpl()),
+  explicit TensorState(PyObject* tensor)
+      : object(tensor),
+        impl(THPVariable_Unpack(tensor).unsafeGetTensorImpl()),
         counter(*reinterpret_cast<void* const*>(&impl->version_counter())),
         storage(current_storage()),
         version(impl->is_inference() ? 0 : impl->version_counter().current_version()),
         inference(impl->is_inference()) {}
 
+  bool is_swapped() const { return THPVariable_Unpack(object).unsafeGetTensorImpl() != impl; }
   bool unchanged() const {
+    if (is_swapped()) return false;  // and impl may be gone
     // Inference tensors count no versions.
     return current_storage() == storage &&
            (inference || impl->version_counter().current_version() == version);
   }
   void prefetch() const {
+    __builtin_prefetch(object);
     __builtin_prefetch(impl);
     __builtin_prefetch(counter);
   }
 
+  PyObject* object;
   c10::TensorImpl* impl;
   const void* counter;  // where the version is, most likely: only ever prefetched
   const void* storage;
@@ -135,6 +140,9 @@ class Watch {
       : training_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("training"))),
         next_id_(py::reinterpret_steal<py::object>(PyUnicode_InternFromString("next_id"))),
         handle_(py::module_::import("torch.utils.hooks").attr("RemovableHandle")) {
+    const py::module_ everywhere = py::module_::import("torch.nn.modules.module");
+    hooks_.push_back(everywhere.attr("_global_forward_hooks"));
+    hooks_.push_back(everywhere.attr("_global_forward_pre_hooks"));
     for (const auto& [module, has_modes, is_layer] : modules) {
       py::object dict = module.attr("__dict__");
       attributes_.push_back({dict, PyDict_Size(dict.ptr())});
@@ -172,7 +180,7 @@ class Watch {
     }
     if (grad_enabled) {
       for (const TensorState& tensor : tensors_) {
-        if (tensor.impl->requires_grad()) return Finding::gradient;
+        if (THPVariable_Unpack(tensor.object).requires_grad()) return Finding::gradient;
       }
     }
     const bool same_weights =

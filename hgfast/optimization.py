@@ -217,8 +217,14 @@ def _find_regions(
         reason = cpu.unsupported({key: weights[key] for key in plan.weights})
         if reason:
             optimization.skipped.append(Skipped(name, reason))
+            return
+        region = Region(module, name, plan, optimization.precision, optimization.notices)
+        try:
+            region.pack()
+        except (ValueError, RuntimeError) as error:
+            optimization.skipped.append(Skipped(name, f"it could not be packed ({error})"))
         else:
-            regions.append(Region(module, name, plan, optimization.precision, optimization.notices))
+            regions.append(region)
 
     visit(model, "")
     return regions
@@ -255,16 +261,18 @@ def _plausible(
     optimization: Optimization,
 ) -> list[Region]:
     """The regions that agree with eager on what reaches them when ``model`` runs on ``inputs``."""
-    wrong: dict[Region, str] = {}
+    wrong = dict.fromkeys(regions, "the example never reaches it")
 
-    def compare(region: Region, args: tuple[Any, ...], output: Any) -> None:
+    def compare(region: Region, args: Any, kwargs: Any, output: Any) -> None:
         executor = region.pack().executor
         assert executor is not None  # or it would not be a region
         try:
-            values = executor.run(args)
+            values = executor.run(region.bind(args, kwargs))
         except ValueError as error:
             wrong[region] = str(error)
             return
+        if wrong.get(region) == "the example never reaches it":
+            del wrong[region]
         results = [values[number] for number in output_values(region.plan.outputs)]
         expected = torch.utils._pytree.tree_leaves(output)
         limit = _PLAUSIBLE[executor.backend.split()[-1]]
@@ -275,7 +283,8 @@ def _plausible(
 
     handles = [
         region.module.register_forward_hook(
-            lambda _, args, output, region=region: compare(region, args, output)
+            lambda _, args, kwargs, out, region=region: compare(region, args, kwargs, out),
+            with_kwargs=True,
         )
         for region in regions
     ]

@@ -24,16 +24,20 @@ def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> P
         TraceError: the module cannot be expressed as a Plan, or has nothing to fuse; the
             message completes the sentence "left as it is, because ...".
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
     try:
-        plan = read_plan(trace(module), shapes)
+        graph = trace(module)
+        plan = read_plan(graph, _shapes(module))
     except TraceError:
         if example is None:
             raise
-        plan = read_plan(trace_with_example(module, example), shapes)
+        plan = read_plan(trace_with_example(module, example), _shapes(module))
     if not any(step.kind in FUSED for step in plan.steps):
         raise TraceError("it has no block that could be fused")
     return plan
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(module).items()}
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

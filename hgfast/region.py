@@ -14,7 +14,7 @@ import inspect
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from hgfast import _native
 from hgfast._warnings import HgfastWarning
 from hgfast.plan import Plan, fill_outputs
 from hgfast.recognition import recognise, tensors_of
-from hgfast.runtime import cpu, public_ops
+from hgfast.runtime import cpu
 from hgfast.trace import TraceError
 
 DISABLE = "HGFAST_DISABLE"
@@ -58,8 +58,9 @@ class Notices:
 
 @dataclass(frozen=True)
 class _State:
-    """What a region derived from its module's weights; replaced as a whole when they change."""
+    """What a region derived from its module; replaced as a whole when that changes."""
 
+    plan: Plan
     watch: Any
     executor: cpu.CpuExecutor | None
     reason: str | None  # why there is no executor
@@ -86,22 +87,29 @@ class Region:
         self._notices = notices
         self._lock = threading.RLock()
         self._state: _State | None = None
+        self._is_current = True  # whether the plan is known to be that of the module
 
     # Caches and locks stay behind when a model is copied or pickled.
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_state")}
 
+    # A copy may have been changed since the plan was read, so it reads its own.
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), _state=None)
+        self.__dict__.update(state, _lock=threading.RLock(), _state=None, _is_current=False)
 
     def install(self) -> None:
         """Put the region behind its module's forward."""
+        state = self._state or self.pack()
         self.module.forward = self
-        self.pack()
+        native = _native.load()
+        if native is not None:  # a snapshot that knows the new attribute
+            self._state = replace(state, watch=native.Watch(_watched(self.module)))
 
     def pack(self) -> _State:
         """Derive everything from the weights as they are now."""
         with self._lock:
+            if not self._is_current:
+                return self.recognise()
             native = _native.load()
             weights = tensors_of(self.module)
             used = {name: weights[name] for name in self.plan.weights}
@@ -110,20 +118,27 @@ class Region:
             watch = native.Watch(_watched(self.module)) if native else None
             executor = None if reason else cpu.CpuExecutor(self.plan, used, self.precision)
             dtype = next(iter(used.values())).dtype
-            self._state = _State(watch, executor, reason, dtype)
+            self._state = _State(self.plan, watch, executor, reason, dtype)
             return self._state
 
     def recognise(self) -> _State:
         """Read the module anew, after something in it was replaced."""
         with self._lock:
+            shapes, weights = self.plan.input_shapes, next(self.module.parameters(), None)
+            example = None
+            if shapes is not None and weights is not None:
+                example = tuple(torch.zeros(shape, dtype=weights.dtype) for shape in shapes)
             try:
-                self.plan = recognise(self.module)
-            except TraceError as error:
+                self.plan = recognise(self.module, example)
+                self._is_current = True
+                return self.pack()
+            except (TraceError, ValueError) as error:
+                self._is_current = False
                 native = _native.load()
                 watch = native.Watch(_watched(self.module)) if native else None
-                self._state = _State(watch, None, f"since it was changed, {error}", None)
+                reason = f"since it was changed or copied, {error}"
+                self._state = _State(self.plan, watch, None, reason, None)
                 return self._state
-            return self.pack()
 
     @property
     def backend(self) -> str:
@@ -133,9 +148,10 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self._record(args, kwargs)
+            # A packed plan is a handle that no graph can carry away, and nothing would guard it.
+            return self.eager(*args, **kwargs)
         state, reason = self._up_to_date()
-        inputs = self._bind(args, kwargs) if kwargs else args
+        inputs = self.bind(args, kwargs)
         reason = reason or self._obstacle(state, inputs)
         if reason is None and state.executor is not None:
             try:
@@ -143,7 +159,7 @@ class Region:
             except ValueError as error:  # shapes that do not fit: eager has the last word
                 reason = str(error)
             else:
-                return fill_outputs(self.plan.outputs, values)
+                return fill_outputs(state.plan.outputs, values)
         outputs = self.eager(*args, **kwargs)  # where the input is wrong, this raises
         self._notices.add(self.name, reason or "it has no executor")
         return outputs
@@ -161,8 +177,9 @@ class Region:
         """The forward of the module's class."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        return self.__signature__.bind(*args, **kwargs).args
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call in the order of the forward's parameters."""
+        return self.__signature__.bind(*args, **kwargs).args if kwargs else args
 
     def _up_to_date(self) -> tuple[_State, str | None]:
         """The state that fits the module as it is now, and why eager must run, if it must."""
@@ -194,58 +211,43 @@ class Region:
             or torch._C._get_tracing_state() is not None
             or forward_ad._current_level >= 0
         ):
-            return "something is following PyTorch's operations (a trace, transform or mode)"
-        if len(inputs) != len(self.plan.inputs):
-            return f"it was traced with {len(self.plan.inputs)} inputs and got {len(inputs)}"
+            return (
+                "something is following PyTorch's operations (a trace, transform or dispatch mode)"
+            )
+        if len(inputs) != len(state.plan.inputs):
+            return f"it was traced with {len(state.plan.inputs)} inputs and got {len(inputs)}"
         for x in inputs:
             if type(x) not in (Tensor, nn.Parameter):
                 return f"an input is a {type(x).__name__}"
             if x.dim() != 4 or x.layout is not torch.strided:
                 return "an input is not a dense tensor (B, C, H, W)"
+            if x.is_neg() or x._is_zerotensor():
+                return "an input is a lazy view"
             if x.dtype is not state.dtype:
                 return f"an input is {x.dtype} and its weights are {state.dtype}"
             if not x.is_cpu:
                 return f"an input is on {x.device}"
             if x.requires_grad and torch.is_grad_enabled():
                 return "gradients are enabled and an input requires them"
-        expected = self.plan.input_shapes
+        expected = state.plan.input_shapes
         if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
         return None
-
-    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward while torch.compile or torch.export records it."""
-        inputs = self._bind(args, kwargs) if kwargs else args
-        fits = (
-            not self.module.training
-            and not torch.is_grad_enabled()
-            and len(inputs) == len(self.plan.inputs)
-            and all(isinstance(x, Tensor) and x.dim() == 4 and x.is_cpu for x in inputs)
-            and inputs[0].dtype in (torch.float32, torch.bfloat16)
-        )
-        if not fits or _native.load() is None:
-            return self.eager(*args, **kwargs)
-        weights = {name: _tensor(self.module, name) for name in self.plan.weights}
-        values = public_ops.run(self.plan, weights, inputs, self.precision)
-        return fill_outputs(self.plan.outputs, values)
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:
     """Every module of the region; whether training mode changes what it does; whether it is one
     of PyTorch's own layers, which ask for no attribute that they were not built with."""
+
+    def is_torchs(child: nn.Module) -> bool:
+        return type(child).__module__.startswith("torch.nn.")
+
     modal, containers = (_BatchNorm, _DropoutNd), (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return [
         (
             child,
-            child is module or isinstance(child, modal),
-            type(child).__module__.startswith("torch.nn.") and not isinstance(child, containers),
+            not is_torchs(child) or child is module or isinstance(child, modal),
+            is_torchs(child) and not isinstance(child, containers),
         )
         for child in module.modules()
     ]

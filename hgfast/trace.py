@@ -12,7 +12,9 @@ Tracing always describes evaluation mode, whatever mode the module is in.
 
 from __future__ import annotations
 
+import copy
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 #: The operations of the normal form, with the attributes of each.
@@ -312,7 +315,9 @@ def _module_node(module: nn.Module, name: str, x: Node) -> Node | None:
             module.dilation,
             module.groups,
         )
-    if isinstance(module, _BatchNorm) and (is_plain(_BatchNorm) or is_plain(nn.SyncBatchNorm)):
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (
+        is_plain(_BatchNorm) or is_plain(nn.SyncBatchNorm)
+    ):
         scale, shift, mean, var = map(weight, ("weight", "bias", "running_mean", "running_var"))
         return _batch_norm(x, scale, shift, mean, var, module.eps)
     if is_plain(nn.ReLU):
@@ -343,10 +348,13 @@ class _Cell:
 
     value: Node
     is_input: bool = False
+    may_alias: bool = False  # perhaps a view of another cell's memory
 
     def replace(self, value: Node) -> None:
         if self.is_input:
             raise TraceError("it changes its input in place")
+        if self.may_alias:
+            raise TraceError("it changes in place what may be a view of another activation")
         self.value = value
 
 
@@ -379,10 +387,14 @@ class _Normaliser:
             self._replace(source, self._convert(source, inplace[target]))
         elif target in pure and source.kwargs.get("inplace"):
             self._replace(source, self._convert(source, pure[target]))
+        elif target in pure and "out" not in source.kwargs:
+            self.values[source] = _Cell(self._append(self._convert(source, pure[target]), source))
+        elif _may_write(source):
+            # Even if nobody looks at its result: what it wrote may be looked at.
+            raise TraceError(f"it uses {_describe(source)}, which writes in place")
         else:
-            known = target in pure
-            node = self._convert(source, pure[target]) if known else _unsupported(_describe(source))
-            self.values[source] = _Cell(self._append(node, source))
+            node = _unsupported(_describe(source))
+            self.values[source] = _Cell(self._append(node, source), may_alias=True)
 
     def finish(self, outputs: Any) -> Graph:
         outputs = self._read(outputs)
@@ -421,8 +433,10 @@ class _Normaliser:
 
     def _convert(self, source: fx.Node, convert: Callable[..., Node]) -> Node:
         try:
-            return convert(*self._read(list(source.args)), **self._read(dict(source.kwargs)))
-        except TypeError:  # arguments that the normal form has no place for
+            node = convert(*self._read(list(source.args)), **self._read(dict(source.kwargs)))
+            of_activations = all(isinstance(item, Node) for item in node.inputs)
+            return node if of_activations else _unsupported(f"{_describe(source)} of a weight")
+        except (TypeError, AttributeError):  # arguments that the normal form has no place for
             return _unsupported(_describe(source))
 
     def _append(self, node: Node, source: fx.Node) -> Node:
@@ -444,6 +458,21 @@ class _Normaliser:
         return argument
 
 
+def _may_write(source: fx.Node) -> bool:
+    """Whether a call without normal form may change memory that others look at."""
+    target: Any = source.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    overload_writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return (
+        overload_writes
+        or bool(source.kwargs.get("inplace"))
+        or "out" in source.kwargs
+        or (name.endswith("_") and not name.endswith("__"))
+        or name in ("setitem", "__setitem__")
+        or name in _AUGMENTED
+    )
+
+
 def _describe(source: fx.Node) -> str:
     target = source.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -453,15 +482,56 @@ def _describe(source: fx.Node) -> str:
 # --- the two tracers -----------------------------------------------------------------------
 
 
+#: Augmented assignments. fx would record `x *= y` as a new product and hide that x has changed.
+_AUGMENTED = [
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+]
+
+
 class _Proxy(fx.Proxy):
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        # fx would record `x += y` as a new sum and hide that x itself has changed.
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+    pass
+
+
+def _augmented(name: str) -> Callable[[_Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _name in _AUGMENTED:
+    setattr(_Proxy, f"__{_name}__", _augmented(_name))
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a write to a buffer must be seen, and refused
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_autocast_enabled("cpu"):
+            raise TraceError("its forward enables autocast")
+        return super().create_node(*args, **kwargs)
+
+    # fx patches nn.Module for everybody while it traces: calls of other threads pass through.
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_tracing = threading.Lock()  # two traces at once would undo each other's patches
 
 
 def trace(module: nn.Module) -> Graph:
@@ -474,7 +544,8 @@ def trace(module: nn.Module) -> Graph:
             effects, or it cannot be followed symbolically; the message says which.
     """
     _check_untouched(module)
-    with _evaluation_mode(module), _attributes_kept(module):
+    no_autocast = torch.autocast("cpu", enabled=False)
+    with _tracing, no_autocast, _evaluation_mode(module), _attributes_kept(module):
         try:
             recorded = _Tracer().trace(module)
         except Exception as error:
@@ -556,12 +627,16 @@ def _is_plain_container(outputs: Any) -> bool:
 
 
 def _check_untouched(module: nn.Module) -> None:
-    """Refuse modules whose calls do more than their class's forward says.
+    """Refuse modules whose calls do more, or other, than their class's forward says.
 
     The module's own instance may have another forward: it is the class's that is traced.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError("it is a TorchScript module")
     for name, child in module.named_modules():
         where = name or "the module itself"
+        if any(map(is_lazy, child.parameters(recurse=False))):
+            raise TraceError(f"{where} is lazy and has no weights yet")
         if child._forward_hooks or child._forward_pre_hooks:
             raise TraceError(f"{where} has a forward hook")
         if parametrize.is_parametrized(child):
@@ -587,10 +662,16 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Put back what a traced forward wrote to its modules, and refuse to trust such a forward."""
     before = [(child, dict(child.__dict__)) for child in module.modules()]
-    changed = None
+    held = [(item, copy.copy(item)) for _, old in before for item in old.values() if _holds(item)]
+    changed: object = None
     try:
         yield
     finally:
+        for item, was in held:
+            if not _same_items(item, was):
+                item.clear()
+                (item.extend if isinstance(item, list) else item.update)(was)
+                changed = item
         for child, old in before:
             new = child.__dict__
             if new.keys() != old.keys() or any(new[key] is not old[key] for key in old):
@@ -598,4 +679,14 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
                 new.clear()
                 new.update(old)
     if changed is not None:
-        raise TraceError(f"the forward of a {type(changed).__name__} in it sets attributes")
+        raise TraceError("its forward, or that of a module in it, sets attributes")
+
+
+def _holds(item: object) -> bool:
+    return isinstance(item, (list, dict, set))
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        now, before = [*now, *now.values()], [*before, *before.values()]
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))

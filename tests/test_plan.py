@@ -151,6 +151,27 @@ def test_what_only_looks_like_a_bottleneck_is_left(name: str, block: nn.Module) 
         recognise(block)
 
 
+class Broadcasts(PreactBlock):
+    """The sum spreads the single channel of x over all of the branch's."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 16)
+        self.downsample = None
+
+
+def test_a_broadcasting_sum_is_no_identity_shortcut() -> None:
+    with pytest.raises(TraceError):
+        recognise(Broadcasts())
+
+
+def test_norms_and_convolutions_without_weights_of_their_own() -> None:
+    block = PreactBlock()
+    block.bn1, block.bn2 = nn.BatchNorm2d(16, affine=False), nn.BatchNorm2d(8, affine=False)
+    block.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    plan = check_against_eager(block, torch.randn(1, 16, 4, 4))
+    assert kinds(plan) == ["bottleneck"]
+
+
 def test_folding_honours_eps_and_tiny_variances() -> None:
     conv, norm = nn.Conv2d(4, 4, 1).eval(), nn.BatchNorm2d(4, eps=1e-3).eval()
     norm.running_var.copy_(torch.tensor([1e-12, 1e-7, 1e-3, 1.0]))

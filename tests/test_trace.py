@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from networks import Bilinear, MethodHourglass, PreactBlock, image, small_hourglass
@@ -67,6 +69,119 @@ def test_in_place_operations_become_functional(write: str) -> None:
     assert conv.op == "conv2d"
     assert other is conv.inputs[0], "both branches must see the changed tensor"
     assert other.op == ("add" if write == "+=" else "relu")
+
+
+WRITES = {
+    "mul_": lambda y: y.mul_(2),
+    "view": lambda y: y.flatten(1).relu_(),
+    "slice": lambda y: y[:, :1].relu_(),
+    "functional": lambda y: F.leaky_relu(y, 0.1, inplace=True),
+    "underscore": lambda y: F.leaky_relu_(y, 0.1),
+    "out": lambda y: torch.add(y, y, out=y),
+    "index": lambda y: y.__setitem__(0, 0),
+}
+
+
+@pytest.mark.parametrize("write", [*WRITES, "*="])
+def test_writes_without_a_normal_form_are_refused_even_if_their_result_is_dropped(
+    write: str,
+) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if write == "*=":
+                z = y
+                z *= 2
+            else:
+                WRITES[write](y)
+            return self.second(y)
+
+    with pytest.raises(TraceError, match=r"in place|cannot follow"):
+        trace(Writes())
+
+
+class Counts(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.log, self.how = nn.Conv2d(3, 3, 1), [], how
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "list":
+            self.log.append(x)
+        else:
+            self.calls.add_(1)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("how", ["list", "buffer"])
+def test_side_effects_are_refused_and_undone(how: str) -> None:
+    module = Counts(how)
+    with pytest.raises(TraceError, match=r"attributes|in place"):
+        trace(module)
+    assert module.log == []
+    assert module.calls.item() == 0
+
+
+def test_autocast_within_a_forward_is_refused() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.conv(x)
+
+    with pytest.raises(TraceError, match="autocast"):
+        trace(Casts())
+
+
+def test_other_threads_are_not_disturbed() -> None:
+    other, x = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), image()
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            try:
+                other(x)
+            except Exception as error:
+                errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(3):
+        trace(small_hourglass())
+    done.set()
+    thread.join()
+    assert not errors
+
+
+@pytest.mark.parametrize("kind", ["plain tensor", "relu of a weight", "lazy"])
+def test_odd_modules_are_refused_not_crashed_on(kind: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = PreactBlock()
+            self.plain = torch.randn(16, 16, 1, 1)
+            self.weight = nn.Parameter(torch.randn(1, 16, 1, 1))
+            if kind == "lazy":
+                self.lazy = nn.LazyConv2d(16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "plain tensor":
+                return F.conv2d(self.block(x), self.plain)
+            if kind == "lazy":
+                return self.lazy(self.block(x))
+            return self.block(x) + F.relu(self.weight)
+
+    with pytest.raises(TraceError):
+        recognise(Odd())
 
 
 def test_a_module_that_changes_its_input_is_refused() -> None:

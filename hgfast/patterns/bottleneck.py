@@ -37,6 +37,9 @@ def _match_branches(reader: Reader, branch: Node, shortcut: Node) -> Draft | Non
             return None
     norm3, norm2, norm1 = norms
     conv3, conv2, conv1 = convs
+    into, out = project.channels if project else (conv1.channels[0], conv1.channels[0])
+    if (into, out) != (conv1.channels[0], conv3.channels[1]):
+        return None  # the sum broadcasts one channel over many
     step = partial(
         Bottleneck,
         name=common_name(*norms, *convs, project),

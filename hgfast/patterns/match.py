@@ -38,6 +38,8 @@ class Reader:
         """A plain dense convolution, or None."""
         if node.op != "conv2d" or node["groups"] != 1 or node["dilation"] != (1, 1):
             return None
+        if node["weight"] not in self._shapes or min(node["padding"]) < 0:
+            return None  # a weight that is no parameter or buffer: nothing could follow it
         out, into, *kernel = self._shapes[node["weight"]]
         height, width = kernel
         return Convolution(
