@@ -155,12 +155,12 @@ def upsample_add(low: Tensor, skip: Tensor) -> Tensor:
 def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
     """Joint coordinates and scores from heatmaps.
 
-    ``"quarter"`` is the rule of Newell et al. (arXiv 1603.06937): a joint is at the heatmap's
-    maximum (the first of equals, row by row), moved by a quarter of a pixel, in x and in y, towards
-    the higher of the two neighbours; not where the maximum is too near the border, unless
-    ``1 < x < width - 1`` and ``1 < y < height - 1``. A heatmap without a positive value is an
-    invisible joint: coordinates (0, 0), score as it is. With a NaN in it: coordinates (0, 0), score
-    NaN.
+    ``"quarter"`` moves a quarter of a pixel towards the higher neighbour, as Newell et al. do
+    (arXiv 1603.06937), with the bounds of Simple Baselines' and HRNet's public code: a joint is at
+    the heatmap's maximum (the first of equals, row by row), moved in x and in y where
+    ``1 < x < width - 1`` and ``1 < y < height - 1``, and nowhere else. A heatmap
+    without a positive value is an invisible joint: coordinates (0, 0), score as it is. With a NaN
+    in it: coordinates (0, 0), score NaN.
 
     Args:
         heatmaps: ``(batch, joints, height, width)``; float32, bfloat16 or float16; any strides.

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0, or 2 after one line that says what is wrong with the arguments."""
-    console = Console()
+    # Into a file or a pipe, rich would cut tables to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     try:
         if args.images:
             run_photos(args, console)

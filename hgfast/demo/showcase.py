@@ -152,7 +152,13 @@ def _measure(
 
 
 def _table(result: Result) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=result.name, title_justify="left", title_style="bold")
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=result.name,
+        title_justify="left",
+        title_style="bold",
+        padding=(0, 1, 0, 0),  # fits a terminal of 80 columns
+    )
     for column in ("run", "latency", "ratio", "error", "shift", "verified", "PCK@0.2"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in result.runs:
