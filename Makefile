@@ -9,15 +9,18 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # The AMX kernels on a model of their instructions, so that their code is tested on any x86 machine.
 export HGFAST_AMX_MODEL ?= 1
+# The CUDA kernels on a model of the GPU: likewise.
+export HGFAST_EMULATOR ?= 1
 
 # A stamp is newer than everything that it was made from.
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
 BUILT := $(VENV)/built.stamp
-NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py $(shell find cmake csrc -type f)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py \
+          $(shell find cmake csrc tests/emulator -type f -not -path '*/__pycache__/*')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test demo bench gpu resources lint format clean
 
 build: $(BUILT)
 
@@ -29,6 +32,18 @@ demo: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# On a machine with a GPU, with the $(PYTHON) that has its torch: builds, tests, measures, writes a
+# table. docs/gpu.md tells more.   make gpu STEPS="build test" GPU_ARGS="--minutes 20"
+STEPS ?=
+GPU_ARGS ?=
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(STEPS) $(GPU_ARGS)
+
+# After a change of the CUDA kernels that is meant: their registers, as tests/test_cuda_gates.py
+# finds them.
+resources: $(INSTALLED)
+	$(BIN)/python tests/cuda_gates.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Builds hgfast/_C with CMake and ninja, against the torch of the environment that gets hgfast.
 
 Everything about sources and flags stands in CMakeLists.txt, everything else in pyproject.toml.
-Environment: MAX_JOBS, HGFAST_AMX_MODEL=1, and what CMakeLists.txt names (DEBUG, USE_CUDA, ...).
+Environment: MAX_JOBS, HGFAST_AMX_MODEL=1, HGFAST_EMULATOR=1, and what CMakeLists.txt names (DEBUG,
+USE_CUDA, ...).
 """
 
 import os
@@ -62,8 +63,9 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DHGFAST_OUTPUT_DIR={output}",
         ]
-        if model := os.environ.get("HGFAST_AMX_MODEL"):  # unset: as the build folder had it
-            settings.append(f"-DHGFAST_AMX_MODEL={model}")
+        for option in ("HGFAST_AMX_MODEL", "HGFAST_EMULATOR"):
+            if value := os.environ.get(option):  # unset: as the build folder had it
+                settings.append(f"-D{option}={value}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         cmake = tool("cmake")
         for step in (
