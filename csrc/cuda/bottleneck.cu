@@ -1,0 +1,116 @@
+// The instances of the bottleneck kernel, and which of them a launch takes.
+#include "bottleneck.cuh"
+
+namespace hgfast::cuda {
+namespace {
+
+constexpr int kLeastShared = 99 * 1024;  // of a block on sm_86, sm_89, sm_120; the least there is
+
+int padded(int channels, int multiple) { return (channels + multiple - 1) / multiple * multiple; }
+
+bool sensible(const BottleneckParams& p) {
+  for (const int channels : {p.in, p.middle, p.out})
+    if (channels < 16 || channels % 16) return false;
+  if (p.batch < 0 || p.height < 1 || p.width < 1) return false;
+  const int64_t x_height = p.pool ? p.x_height / 2 : p.x_height;
+  const int64_t x_width = p.pool ? p.x_width / 2 : p.x_width;
+  if (x_height != p.height || x_width != p.width) return false;
+  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;  // offsets in an image are int
+  if (!p.project && p.in != p.out) return false;
+  if (!p.scale != !p.shift) return false;
+  if (p.low && (p.height % 2 || p.width % 2)) return false;
+  return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
+}
+
+template <class Config>
+struct Instance {
+  static BottleneckVariant variant(const char* name, const BottleneckParams& p) {
+    const int row = padded(p.middle, Config::chunk) * 2;
+    const int64_t tiles = (p.height + Config::tile_h - 1) / Config::tile_h *
+                          ((p.width + Config::tile_w - 1) / Config::tile_w);
+    return {name, Config::threads, p.batch * tiles, Config::layout(row, p.project).end};
+  }
+  static cudaError_t launch(const BottleneckVariant& variant, const BottleneckParams& p,
+                            int shared_limit, cudaStream_t stream) {
+    // ptxas does not see dynamic shared memory, so it is checked here.
+    static_assert(!Config::single || Config::layout(Config::chunk * 2, true).end <= kLeastShared);
+    const int most = Config::single ? Config::layout(Config::chunk * 2, true).end : shared_limit;
+    const Grid grid{variant.blocks, variant.threads, variant.shared_bytes, most};
+    return cuda::launch<bottleneck_kernel<Config>>(variant.name, grid, stream, p);
+  }
+};
+
+struct Entry {
+  int chunk;
+  bool single;
+  bool large;  // the larger of two tiles
+  Element element;
+  const char* name;
+  BottleneckVariant (*variant)(const char*, const BottleneckParams&);
+  cudaError_t (*launch)(const BottleneckVariant&, const BottleneckParams&, int, cudaStream_t);
+};
+
+#define HGFAST_ENTRY(element, T, label, chunk, single, h, w, m, n, resident)    \
+  {chunk,                                                                       \
+   single,                                                                      \
+   h * w == 128,                                                                \
+   Element::element,                                                            \
+   "bottleneck<" #element ", " label ", " #h "x" #w ">",                        \
+   Instance<BottleneckConfig<T, chunk, single, h, w, m, n, resident>>::variant, \
+   Instance<BottleneckConfig<T, chunk, single, h, w, m, n, resident>>::launch}
+#define HGFAST_ENTRIES(element, T)                                \
+  HGFAST_ENTRY(element, T, "128", 128, true, 8, 16, 2, 2, 2),     \
+      HGFAST_ENTRY(element, T, "128", 128, true, 4, 8, 1, 4, 2),  \
+      HGFAST_ENTRY(element, T, "64", 64, true, 8, 16, 4, 1, 3),   \
+      HGFAST_ENTRY(element, T, "64", 64, true, 4, 8, 1, 2, 4),    \
+      HGFAST_ENTRY(element, T, "32", 32, true, 8, 16, 4, 1, 4),   \
+      HGFAST_ENTRY(element, T, "32", 32, true, 4, 8, 2, 1, 4),    \
+      HGFAST_ENTRY(element, T, "any", 64, false, 8, 16, 4, 1, 2), \
+      HGFAST_ENTRY(element, T, "any", 64, false, 4, 8, 1, 2, 4)
+
+constexpr Entry kEntries[] = {HGFAST_ENTRIES(bfloat16, BFloat16), HGFAST_ENTRIES(float16, Float16)};
+
+#undef HGFAST_ENTRIES
+#undef HGFAST_ENTRY
+
+bool is_single(const BottleneckParams& p) { return p.middle <= 128; }
+
+// The larger tile where it occupies the device, since it computes less halo and reads the weights
+// less often; otherwise the smaller, which makes four times as many blocks.
+const Entry* choose(const BottleneckParams& p, int multiprocessors, int shared_limit,
+                    BottleneckVariant& variant) {
+  const int chunk = bottleneck_tape(p.in, p.middle, p.out).chunk;
+  for (const Entry& entry : kEntries) {  // of two, the larger tile comes first
+    if (entry.element != p.element || entry.chunk != chunk || entry.single != is_single(p))
+      continue;
+    variant = entry.variant(entry.name, p);
+    if (entry.large && variant.blocks < multiprocessors) continue;
+    if (variant.shared_bytes <= shared_limit) return &entry;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+BottleneckTape bottleneck_tape(int in, int middle, int out) {
+  const int chunk = middle <= 32 ? 32 : middle <= 64 || middle > 128 ? 64 : 128;
+  return {chunk, padded(in, kSliceColumns), padded(middle, chunk), padded(out, chunk)};
+}
+
+bool choose_bottleneck(const BottleneckParams& p, int multiprocessors, int shared_limit,
+                       BottleneckVariant& variant) {
+  return choose(p, multiprocessors, shared_limit, variant) != nullptr;
+}
+
+cudaError_t bottleneck(const BottleneckParams& p, cudaStream_t stream) {
+  if (p.batch == 0) return cudaSuccess;
+  if (!sensible(p)) return cudaErrorInvalidValue;
+  Device device{};
+  if (const auto error = current_device(device)) return error;
+  BottleneckVariant variant;
+  const Entry* entry = choose(p, device.multiprocessors, device.shared_bytes, variant);
+  if (!entry) return cudaErrorInvalidConfiguration;
+  return entry->launch(variant, p, device.shared_bytes, stream);
+}
+
+}  // namespace hgfast::cuda

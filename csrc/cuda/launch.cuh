@@ -1,0 +1,75 @@
+// Launching a kernel, on a GPU or on the emulator.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "device.cuh"
+
+namespace hgfast::cuda {
+
+// What a launcher asks of the current device.
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that one block may have
+};
+
+#ifdef HGFAST_EMULATE
+inline Device emulated_device{132, 227 * 1024};  // as a test wants it; by default an H200
+
+inline cudaError_t current_device(Device& device) {
+  device = emulated_device;
+  return cudaSuccess;
+}
+#else
+inline cudaError_t current_device(Device& device) {
+  int number = 0;
+  if (const auto error = cudaGetDevice(&number)) return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number))
+    return error;
+  return cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                number);
+}
+#endif
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int shared_bytes;       // dynamic shared memory of each block of this launch
+  int most_shared_bytes;  // and of any launch of this kernel on this device
+};
+
+// Launches `kernel(params)`. One instance of this function serves one kernel: it remembers on
+// which devices it raised the kernel's limit of shared memory. Neither waits nor allocates, so
+// that it may stand in a stream capture.
+template <auto kernel, class Params>
+cudaError_t launch(const char* name, const Grid& grid, cudaStream_t stream, const Params& params) {
+  if (grid.blocks == 0) return cudaSuccess;
+  if (grid.blocks < 0 || grid.blocks > INT32_MAX || grid.shared_bytes > grid.most_shared_bytes)
+    return cudaErrorInvalidConfiguration;
+#ifdef HGFAST_EMULATE
+  (void)stream;
+  return emulator::launch(name, grid.blocks, grid.threads, grid.shared_bytes,
+                          emulator::arrays_of(params), [&] { kernel(params); });
+#else
+  (void)name;
+  if (grid.most_shared_bytes > 48 * 1024) {
+    static std::atomic<uint64_t> raised{0};  // a bit for each device
+    int device = 0;
+    if (const auto error = cudaGetDevice(&device)) return error;
+    const uint64_t bit = uint64_t{1} << (device & 63);
+    if (device > 63 || !(raised.load(std::memory_order_relaxed) & bit)) {
+      const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              grid.most_shared_bytes);
+      if (error != cudaSuccess) return error;
+      raised.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  kernel<<<static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
+           static_cast<size_t>(grid.shared_bytes), stream> > >(params);
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace hgfast::cuda
