@@ -1,0 +1,162 @@
+"""Whole networks on the device: optimised, verified, and never eagerly by accident."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import elg
+import numpy as np
+import pytest
+import torch
+from gpu_checks import (
+    DEVICE,
+    DTYPES,
+    REHEARSAL,
+    require_device,
+    some,
+)
+from networks import randomise, small_hourglass
+from torch import Tensor, nn
+
+import hgfast
+from hgfast.models import hourglass
+
+require_device()
+
+ELG_WEIGHTS = "HGFAST_ELG_WEIGHTS"
+BACKEND = "cpu" if REHEARSAL else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_fallback() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hgfast.HgfastWarning)
+        yield
+
+
+def network(stacks: int) -> nn.Module:
+    torch.manual_seed(0)
+    features = some(256, 32)
+    return randomise(hourglass(stacks=stacks, features=features)).eval().to(DEVICE)
+
+
+def image(batch: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 3, height, width, generator=generator).to(DEVICE, dtype)
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.inference_mode():
+        found: list[Tensor] = torch.utils._pytree.tree_leaves(model(x))
+    return found
+
+
+def optimized(model: nn.Module, precision: str = "medium") -> nn.Module:
+    fast = hgfast.optimize(model, precision=precision, strict=True)
+    report = hgfast.report(fast)
+    assert report.replaced
+    assert all(row.backend.startswith(BACKEND) for row in report.replaced), str(report)
+    return fast
+
+
+def check(model: nn.Module, fast: nn.Module, x: Tensor) -> None:
+    result = hgfast.verify(model, fast, x)
+    assert result.ok, str(result)
+    assert hgfast.report(fast).fallbacks == []
+
+
+@pytest.mark.parametrize("stacks", [1, 2])
+def test_a_float32_hourglass_at_medium(stacks: int) -> None:
+    model = network(stacks)
+    fast = optimized(model)
+    x = image(2, some(256, 64), some(256, 128))
+    check(model, fast, x)
+    assert all(y.dtype == torch.float32 and y.device.type == DEVICE.type for y in outputs(fast, x))
+
+
+@pytest.mark.parametrize("stacks", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_an_hourglass_in_half_precision(stacks: int, dtype: torch.dtype) -> None:
+    model = network(stacks).to(dtype)
+    fast = optimized(model)
+    x = image(2, some(256, 64), some(192, 64), dtype)
+    check(model, fast, x)
+    assert all(y.dtype == dtype for y in outputs(fast, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_sizes_and_batches(dtype: torch.dtype) -> None:
+    model = small_hourglass(stacks=2).to(DEVICE, dtype)
+    fast = optimized(model)
+    for batch, height, width in [(1, 16, 16), (0, 32, 32), (5, 48, 80), (2, 16, 112), (1, 64, 64)]:
+        x = image(batch, height, width, dtype)
+        if batch:
+            check(model, fast, x)
+        for ours, theirs in zip(outputs(fast, x), outputs(model, x), strict=True):
+            assert ours.shape == theirs.shape
+
+
+def test_channels_last_input_gives_the_same_bits() -> None:
+    fast = optimized(small_hourglass().to(DEVICE, DTYPES[0]))
+    x = image(2, 64, 64, DTYPES[0])
+    other = x.contiguous(memory_format=torch.channels_last)
+    for a, b in zip(outputs(fast, x), outputs(fast, other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_changed_weights_are_followed() -> None:
+    model = small_hourglass().to(DEVICE, DTYPES[0])
+    fast = optimized(model)
+    x = image(1, 64, 64, DTYPES[0])
+    before = outputs(fast, x)[0]
+    with torch.no_grad():
+        for target in (model, fast):
+            for parameter in target.parameters():
+                parameter.mul_(1.25)
+    check(model, fast, x)
+    assert not torch.equal(before, outputs(fast, x)[0])
+
+
+def test_moved_to_the_cpu_and_back() -> None:
+    model = small_hourglass().to(DEVICE)
+    fast = optimized(model)
+    x = image(1, 64, 64)
+    before = outputs(fast, x)[0]
+    fast.cpu()
+    assert outputs(fast, x.cpu())[0].device.type == "cpu"
+    fast.to(DEVICE)
+    assert torch.equal(outputs(fast, x)[0], before)
+    check(model, fast, x)
+
+
+def test_a_wrong_network_is_found_out() -> None:
+    """verify on the device can say no."""
+    model = small_hourglass().to(DEVICE)
+    fast = optimized(copy.deepcopy(model))
+    with torch.no_grad():
+        next(fast.parameters()).mul_(1.5)
+    assert not hgfast.verify(model, fast, image(1, 64, 64))
+
+
+@pytest.mark.parametrize("precision", ["medium"])
+def test_elg(precision: str) -> None:
+    """A trained network on a photograph, given its weights' file by an environment variable."""
+    path = Path(os.environ.get(ELG_WEIGHTS) or "nowhere")
+    if not path.is_file():
+        pytest.skip(f"needs the weights of ELG, an .npz file: {ELG_WEIGHTS}=<path>")
+    with np.load(path) as arrays:
+        model = elg.trained_elg(dict(arrays)).to(DEVICE)
+    eye = elg.astronaut_eye().to(DEVICE)
+    fast = optimized(model, precision)
+    kinds = ["bottleneck" in row.kind for row in hgfast.report(fast).replaced]
+    assert sum(kinds) == elg.RESIDUALS
+    check(model, fast, eye)
+    with torch.inference_mode():
+        expected, _ = hgfast.decode(model(eye)[-1].float().cpu(), method="argmax")
+        coords, scores = hgfast.decode(fast(eye)[-1].float().cpu(), method="argmax")
+    assert scores.min() > 0.85
+    assert (coords - expected).abs().max() <= 1
