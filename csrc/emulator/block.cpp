@@ -33,6 +33,21 @@ std::string ranges(const std::vector<int>& numbers) {
   return text;
 }
 
+// How many wavefronts eight rows of 16 bytes take, beyond one.
+int conflicts(const uint32_t* rows) {
+  int most = 1;
+  for (uint32_t group = 0; group < 8; ++group) {
+    int different = 0;
+    for (int i = 0; i < 8; ++i)
+      different += (rows[i] >> 4 & 7) == group && std::find(rows, rows + i, rows[i]) == rows + i;
+    most = std::max(most, different);
+  }
+  return most - 1;
+}
+
+// Literals of one name mostly share their address.
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 }  // namespace
 
 Block& Block::current() { return *current_block; }
@@ -181,7 +196,7 @@ void Block::collective(const char* function, Place place, void* argument, Comput
   if (!warp.arrived) {
     warp.function = function;
     warp.place = place;
-  } else if (std::strcmp(warp.function, function) != 0 || !same(warp.place, place)) {
+  } else if (!same(warp.function, function) || !emulator::same(warp.place, place)) {
     fail("divergent warp", thread_,
          "%s at %s:%d, while other lanes of its warp wait in %s at %s:%d", function, place.file,
          place.line, warp.function, warp.place.file, warp.place.line);
@@ -231,7 +246,7 @@ void Block::deadlock() {
       std::vector<int> alike;
       for (int j = i; j < threads_; ++j) {
         const Thread& other = thread_states_[j];
-        if (!other.waits_in || std::strcmp(one.waits_in, other.waits_in) != 0 ||
+        if (!other.waits_in || !same(one.waits_in, other.waits_in) ||
             !same(one.waits_at, other.waits_at))
           continue;
         told[j] = true;
@@ -321,21 +336,20 @@ void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
   const bool store = direction == Direction::store;
   const char* const function = store ? "store_matrices" : "load_matrices";
   const int first_thread = thread_ / kLanes * kLanes;
-  // A word belongs to the lane that gets or gives it, whichever lane gave the address: the lane
-  // that wrote a row on its own needs a barrier before the others get parts of it.
-  Access accesses[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) accesses[lane] = access(first_thread + lane, place);
+  const Access first = access(first_thread, place);
   for (int lane = 0; lane < kLanes; ++lane) {
-    const uint32_t row = rows[lane];
-    check_shared(function, row, 16, 16, first_thread + lane, place);
-    const int matrix = lane / 8, owner = lane % 8 * 4;
+    check_shared(function, rows[lane], 16, 16, first_thread + lane, place);
+    const int matrix = lane / 8;
     for (int i = 0; i < 4; ++i) {
-      const Access& access = accesses[owner + i];
-      const uint32_t address = row + 4 * i;
+      // A word belongs to the lane that gets or gives it, whichever lane gave the address: the lane
+      // that wrote a row on its own needs a barrier before the others get parts of it.
+      const int owner = lane % 8 * 4 + i;
+      const Access access = first.of_lane(owner);
+      const uint32_t address = rows[lane] + 4 * i;
       const Fault fault = store ? shared_.write(address, access) : shared_.read(address, access);
       if (fault != Fault::none)
-        fail_shared(fault, function, store, address, first_thread + owner + i, place);
-      uint32_t* const element = fragments[owner + i] + matrix;
+        fail_shared(fault, function, store, address, first_thread + owner, place);
+      uint32_t* const element = fragments[owner] + matrix;
       if (store)
         std::memcpy(shared_.at(address), element, 4);
       else
@@ -343,19 +357,11 @@ void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
     }
   }
   ++(store ? counters_.store_matrices : counters_.load_matrices);
-  // Rows are read eight at a time; different rows on the same four of the 32 banks wait.
+  // Rows are moved eight at a time; different rows on the same four of the 32 banks wait.
   for (int phase = 0; phase < kLanes; phase += 8) {
-    int most = 1;
-    for (int group = 0; group < 8; ++group) {
-      int different = 0;
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t row = rows[phase + i];
-        if ((row >> 4 & 7) != static_cast<uint32_t>(group)) continue;
-        different += std::find(rows + phase, rows + phase + i, row) == rows + phase + i;
-      }
-      most = std::max(most, different);
-    }
-    counters_.matrix_conflicts += most - 1;
+    uint32_t groups = 0;
+    for (int i = 0; i < 8; ++i) groups |= 1u << (rows[phase + i] >> 4 & 7);
+    if (groups != 0xff) counters_.matrix_conflicts += conflicts(rows + phase);
   }
 }
 

@@ -2,6 +2,7 @@
 // Each takes one argument more, the line that called it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../cuda/device.cuh"
@@ -9,6 +10,7 @@
 #include "place.h"
 
 #define HGFAST_DEVICE inline
+#define HGFAST_HOST_DEVICE
 
 namespace hgfast::cuda {
 
@@ -48,6 +50,8 @@ inline int block_index() { return emulator::block_index(); }
 
 inline void sync_block(emulator::Place place = emulator::here()) { emulator::sync_block(place); }
 inline void sync_warp(emulator::Place place = emulator::here()) { emulator::sync_warp(place); }
+
+inline int forget(int value) { return value; }
 
 inline uint32_t shuffle_xor(uint32_t value, int mask, emulator::Place place = emulator::here()) {
   return emulator::shuffle_xor_bits(value, mask, place);
@@ -111,6 +115,10 @@ float2 unpack(uint32_t pair) {
 template <class T>
 uint32_t pack(float first, float second) {
   return emulator::pack<T>(first, second);
+}
+template <class T>
+uint32_t pack_relu(float first, float second) {
+  return emulator::pack<T>(emulator::relu(first), emulator::relu(second));
 }
 template <class T>
 uint32_t maximum(uint32_t a, uint32_t b) {

@@ -38,32 +38,51 @@ void move(Block& block, Place place, void* const (&arguments)[kLanes]) {
   block.move_matrices(direction, rows, fragments, place);
 }
 
+template <class T>
+void halves(const uint32_t (&registers)[kLanes], float (&elements)[2][kLanes]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    elements[0][lane] = to_float<T>(registers[lane] & 0xffff);
+    elements[1][lane] = to_float<T>(registers[lane] >> 16);
+  }
+}
+
+// Eight numbers side by side, in whatever vectors the machine has.
+using Row = float __attribute__((vector_size(32)));
+
 // The products of two 16-bit numbers are exact in float32; the hardware does not document in which
 // order it adds them, nor how it rounds between. Here: one by one in float32, in order.
 template <class T>
 void multiply(Block& block, Place, void* const (&arguments)[kLanes]) {
-  float a[16][16], b[16][8], d[16][8];
+  // [i][half][lane]: the element of that half of each lane's register i.
+  uint32_t a_registers[4][kLanes], b_registers[2][kLanes];
+  float a[4][2][kLanes], b_elements[2][2][kLanes], d[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const auto& mine = argument_of<Product>(arguments, lane);
-    const int row = lane / 4, column = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 2; ++j)
-        a[row + i % 2 * 8][column + i / 2 * 8 + j] = to_float<T>(mine.a[i] >> (16 * j) & 0xffff);
-    for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 2; ++j)
-        b[column + i * 8 + j][row] = to_float<T>(mine.b[i] >> (16 * j) & 0xffff);
-    for (int i = 0; i < 4; ++i) d[row + i / 2 * 8][column + i % 2] = mine.d[i];
+    for (int i = 0; i < 4; ++i) a_registers[i][lane] = mine.a[i];
+    for (int i = 0; i < 2; ++i) b_registers[i][lane] = mine.b[i];
+    std::memcpy(&d[lane / 4][lane % 4 * 2], mine.d, 8);
+    std::memcpy(&d[lane / 4 + 8][lane % 4 * 2], mine.d + 2, 8);
   }
-  for (int row = 0; row < 16; ++row) {
-    float sum[8];
-    for (int column = 0; column < 8; ++column) sum[column] = d[row][column];
-    for (int k = 0; k < 16; ++k)
-      for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
-    for (int column = 0; column < 8; ++column) d[row][column] = sum[column];
+  for (int i = 0; i < 4; ++i) halves<T>(a_registers[i], a[i]);
+  for (int i = 0; i < 2; ++i) halves<T>(b_registers[i], b_elements[i]);
+  Row b[16];
+  for (int k = 0; k < 16; ++k)
+    for (int column = 0; column < 8; ++column)
+      b[k][column] = b_elements[k / 8][k % 2][column * 4 + k % 8 / 2];
+  // Four rows side by side: one alone would wait for each of its additions.
+  for (int first = 0; first < 16; first += 4) {
+    Row sums[4];
+    std::memcpy(sums, d[first], sizeof sums);
+    for (int k = 0; k < 16; ++k) {
+      const float* const column = &a[k / 8 * 2 + first / 8][k % 2][first % 8 * 4 + k % 8 / 2];
+      for (int i = 0; i < 4; ++i) sums[i] += column[4 * i] * b[k];
+    }
+    std::memcpy(d[first], sums, sizeof sums);
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     float* const mine = argument_of<Product>(arguments, lane).d;
-    for (int i = 0; i < 4; ++i) mine[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    std::memcpy(mine, &d[lane / 4][lane % 4 * 2], 8);
+    std::memcpy(mine + 2, &d[lane / 4 + 8][lane % 4 * 2], 8);
   }
   ++block.counters().multiply_adds;
   block.counters().flops += 2 * 16 * 8 * 16;

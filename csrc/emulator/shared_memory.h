@@ -25,6 +25,8 @@ struct Access {
   uint32_t warp_clock;
 
   int warp() const { return thread_of(by) / 32; }
+  // Of the thread so many behind this one.
+  Access of_lane(uint32_t lane) const { return {by + (lane << 22), warp_clock}; }
   uint32_t lane_bit() const { return 1u << (thread_of(by) % 32); }
 };
 
