@@ -1,7 +1,5 @@
 // What the ops (cpu_ops.cpp) and the plan (cpu_plan.cpp) share: checked and packed weights,
 // shape rules, and running one kernel over its tasks.
-//
-// Every check begins its message with `where`, the op or the plan's step that it speaks of.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,6 +13,7 @@
 #include <ostream>
 #include <string>
 
+#include "binding.h"
 #include "cpu/kernels.h"
 
 namespace hgfast {
@@ -22,30 +21,6 @@ namespace hgfast {
 constexpr size_t kAlignment = 64;  // bytes; a cache line, and what the kernels are promised
 
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) & ~(kAlignment - 1); }
-
-// The kernel that ran last in this thread: "<instruction set>/<op>", "" before the first.
-struct Path {
-  const char* isa = nullptr;
-  const char* op = nullptr;
-  std::string text() const { return isa ? std::string(isa) + "/" + op : std::string(); }
-};
-inline Path& last_path() {
-  static thread_local Path path;
-  return path;
-}
-
-// A map's shape. Whatever its strides, PyTorch writes it (batch, channels, height, width).
-struct Shape {
-  int64_t batch, channels, height, width;
-
-  int64_t count() const { return batch * channels * height * width; }
-  std::array<int64_t, 4> sizes() const { return {batch, channels, height, width}; }
-  bool operator==(const Shape& other) const { return sizes() == other.sizes(); }
-};
-
-inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
-  return stream << at::IntArrayRef(shape.sizes());
-}
 
 inline bool has_element(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16;
@@ -61,34 +36,13 @@ inline at::ScalarType scalar_type(cpu::Element element) {
 
 inline int64_t bytes_of(cpu::Element element) { return element == cpu::Element::float32 ? 4 : 2; }
 
-// The shape of a feature map that the kernels can read: 4-D, float32 or bfloat16, not empty
-// but for its batch.
+// The shape of a feature map that the kernels can read.
 inline Shape map_shape(const std::string& where, const char* name, const at::Tensor& map) {
   TORCH_CHECK_VALUE(map.device().is_cpu(), where, ": expected ", name, " on the CPU, given ",
                     map.device());
   TORCH_CHECK_VALUE(has_element(map), where, ": expected ", name, " in float32 or bfloat16, given ",
                     map.scalar_type());
-  TORCH_CHECK_VALUE(map.dim() == 4, where, ": expected ", name,
-                    " of shape (batch, channels, height, width), given ", map.sizes());
-  TORCH_CHECK_VALUE(map.size(1) > 0 && map.size(2) > 0 && map.size(3) > 0, where, ": expected ",
-                    name, " with at least one channel, row and column, given ", map.sizes());
-  return {map.size(0), map.size(1), map.size(2), map.size(3)};
-}
-
-inline void check_shape(const std::string& where, const char* name, const Shape& given,
-                        const Shape& expected) {
-  TORCH_CHECK_VALUE(given == expected, where, ": expected ", name, " of shape ", expected,
-                    ", given ", given);
-}
-
-inline void check_weight(const std::string& where, const char* name, const at::Tensor& tensor,
-                         at::IntArrayRef expected) {
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), where, ": expected ", name, " on the CPU, given ",
-                    tensor.device());
-  TORCH_CHECK_VALUE(has_element(tensor), where, ": expected ", name,
-                    " in float32 or bfloat16, given ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.sizes() == expected, where, ": expected ", name, " of shape ", expected,
-                    ", given ", tensor.sizes());
+  return shape_of(where, name, map);
 }
 
 // A float32 copy that nobody else writes to.
@@ -117,32 +71,8 @@ struct BottleneckWeights {
                     const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
                     const at::Tensor& w3, const at::Tensor& b3, const std::optional<at::Tensor>& wp,
                     const std::optional<at::Tensor>& bp) {
-    TORCH_CHECK_VALUE(w1.dim() == 4 && w3.dim() == 4, where,
-                      ": expected w1 of shape (middle, in, 1, 1) and w3 of shape "
-                      "(out, middle, 1, 1), given ",
-                      w1.sizes(), " and ", w3.sizes());
-    const int64_t in = w1.size(1), middle = w1.size(0), out = w3.size(0);
-    TORCH_CHECK_VALUE(in > 0 && middle > 0 && out > 0, where,
-                      ": expected at least one channel everywhere, given w1 of shape ", w1.sizes(),
-                      " and w3 of shape ", w3.sizes());
-    check_weight(where, "scale", scale, {in});
-    check_weight(where, "shift", shift, {in});
-    check_weight(where, "w1", w1, {middle, in, 1, 1});
-    check_weight(where, "b1", b1, {middle});
-    check_weight(where, "w2", w2, {middle, middle, 3, 3});
-    check_weight(where, "b2", b2, {middle});
-    check_weight(where, "w3", w3, {out, middle, 1, 1});
-    check_weight(where, "b3", b3, {out});
-    TORCH_CHECK_VALUE(wp.has_value() == bp.has_value(), where,
-                      ": expected both wp and bp or neither, given only ",
-                      wp.has_value() ? "wp" : "bp");
-    TORCH_CHECK_VALUE(wp.has_value() || in == out, where,
-                      ": expected a projection (wp, bp) where the channels change, given none for ",
-                      in, " -> ", out);
-    if (wp) {
-      check_weight(where, "wp", *wp, {out, in, 1, 1});
-      check_weight(where, "bp", *bp, {out});
-    }
+    const auto [in, middle, out] =
+        check_bottleneck(where, at::kCPU, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
     params.element = element;
     params.in = in;
     params.middle = middle;
@@ -194,14 +124,14 @@ struct ConvWeights {
                       weight.sizes());
     TORCH_CHECK_VALUE(weight.numel() > 0, where, ": expected a weight that is not empty, given ",
                       weight.sizes());
-    check_weight(where, "weight", weight, weight.sizes());
-    check_weight(where, "bias", bias, {weight.size(0)});
+    check_weight(where, "weight", weight, weight.sizes(), at::kCPU);
+    check_weight(where, "bias", bias, {weight.size(0)}, at::kCPU);
     TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
                       ": expected both scale and shift or neither, given only ",
                       scale.has_value() ? "scale" : "shift");
     if (scale) {
-      check_weight(where, "scale", *scale, {weight.size(1)});
-      check_weight(where, "shift", *shift, {weight.size(1)});
+      check_weight(where, "scale", *scale, {weight.size(1)}, at::kCPU);
+      check_weight(where, "shift", *shift, {weight.size(1)}, at::kCPU);
     }
     TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, where,
                       ": expected two strides of at least 1, given ", stride);
@@ -253,13 +183,6 @@ inline Shape result_of(const cpu::BottleneckParams& p) {
 inline Shape result_of(const cpu::ConvParams& p) {
   return {p.batch, p.out, (p.height + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1,
           (p.width + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1};
-}
-
-// What `low` must be, to be enlarged twofold onto a map of shape `full`.
-inline Shape half_of(const std::string& where, const Shape& full) {
-  TORCH_CHECK_VALUE(full.height % 2 == 0 && full.width % 2 == 0, where,
-                    ": expected an even height and width to add an upsampled map to, given ", full);
-  return {full.batch, full.channels, full.height / 2, full.width / 2};
 }
 
 // Memory that kernels may write to, kAlignment-aligned.

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "cpu_binding.h"
 
@@ -82,24 +83,43 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   return y;
 }
 
-Tensor upsample_add(const Tensor& low, const Tensor& skip) {
+Tensor upsample_add_maps(at::TensorList lows, const Tensor& skip, bool relu) {
   const char* where = "hgfast::upsample_add";
   const auto& kernels = cpu::kernels();
   const Shape shape = map_shape(where, "skip", skip);
-  const Tensor half = second_map(where, "low", low, half_of(where, shape), skip);
-  const Tensor dense = channels_last(skip);
+  check_map_count(where, lows.size());
+  cpu::UpsampleAddParams p{};
+  p.element = element_of(skip);
+  p.batch = shape.batch;
+  p.height = shape.height;
+  p.width = shape.width;
+  p.channels = shape.channels;
+  std::vector<Tensor> dense;
+  for (const Tensor& low : lows) {
+    const int shift = doublings(where, map_shape(where, "low", low), shape);
+    dense.push_back(second_map(where, "low", low, reduced(where, shape, shift), skip));
+    p.shift[p.maps] = shift;
+    p.low[p.maps++] = dense.back().const_data_ptr();
+  }
+  dense.push_back(channels_last(skip));
   Tensor y = empty_map(shape, skip);
   if (y.numel() == 0) return y;
 
-  const cpu::UpsampleAddParams p{
-      element_of(skip), shape.batch,           shape.height,           shape.width,
-      shape.channels,   half.const_data_ptr(), dense.const_data_ptr(), y.mutable_data_ptr()};
+  p.relu = relu;
+  p.skip = dense.back().const_data_ptr();
+  p.y = y.mutable_data_ptr();
   const int threads = at::get_num_threads();
   run_tasks(kernels.plan_upsample_add(p, threads), [&](int64_t begin, int64_t end, void* scratch) {
     kernels.upsample_add(p, threads, begin, end, scratch);
   });
   last_path() = {kernels.name, "upsample_add"};
   return y;
+}
+
+Tensor upsample_add(const Tensor& low, const Tensor& skip) {
+  check_shape("hgfast::upsample_add", "low", map_shape("hgfast::upsample_add", "low", low),
+              half_of("hgfast::upsample_add", map_shape("hgfast::upsample_add", "skip", skip)));
+  return upsample_add_maps(low, skip, false);
 }
 
 cpu::HeatmapType heatmap_type(const char* where, const Tensor& heatmaps) {
@@ -161,5 +181,6 @@ TORCH_LIBRARY_IMPL(hgfast, CPU, m) {
   m.impl("bottleneck", &hgfast::bottleneck);
   m.impl("conv", &hgfast::conv);
   m.impl("upsample_add", &hgfast::upsample_add);
+  m.impl("upsample_add.maps", &hgfast::upsample_add_maps);
   m.impl("decode", &hgfast::decode);
 }

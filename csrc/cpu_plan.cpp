@@ -175,13 +175,18 @@ void CpuPlan::upsample_add(Id low, Id skip, Id output) {
          [=, element = element_](const std::vector<Shape>& shapes, int threads) {
            const Shape& result = shapes[full];
            check_shape(place, "low", shapes[half], half_of(place, result));
-           const cpu::UpsampleAddParams p{element,      result.batch,    result.height,
-                                          result.width, result.channels, some_map,
-                                          some_map,     some_map};
+           cpu::UpsampleAddParams p{};
+           p.element = element;
+           p.batch = result.batch;
+           p.height = result.height;
+           p.width = result.width;
+           p.channels = result.channels;
+           p.maps = 1;
+           p.shift[0] = 1;
            return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
                                       kernels->upsample_add,
                                       [half, full, y](auto& params, void* const* slots) {
-                                        params.low = slots[half];
+                                        params.low[0] = slots[half];
                                         params.skip = slots[full];
                                         params.y = slots[y];
                                       });

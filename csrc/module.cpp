@@ -10,6 +10,9 @@
 #include "build_info.h"
 #include "cpu_plan.h"
 #include "watch.h"
+#ifdef HGFAST_CUDA
+#include "cuda_python.h"
+#endif
 
 namespace {
 
@@ -66,8 +69,11 @@ PYBIND11_MODULE(_C, m) {
         "this machine can run each.");
   m.def(
       "last_path", [] { return hgfast::last_path().text(); },
-      "The kernel that ran last in this thread, \"<instruction set>/<op>\"; \"\" before the "
-      "first.");
+      "The kernel that ran last in this thread: \"<instruction set>/<op>\", \"cuda/<instance>\"; "
+      "\"\" before the first.");
   bind_cpu_plan(m);
   hgfast::bind_watch(m);
+#ifdef HGFAST_CUDA
+  hgfast::bind_cuda(m);
+#endif
 }

@@ -6,9 +6,11 @@ and packed at every call. ``hgfast.optimize`` packs them once.
 
 All of them are for inference: they have no gradient.
 
-Feature maps are ``(batch, channels, height, width)``, float32 or bfloat16, of any strides. Results
-are channels_last, in the dtype of the input; a batch of 0 works. Weights are float32 (bfloat16 is
-converted). Sums are accumulated in float32. NaN and infinity travel as they do in PyTorch.
+Feature maps are ``(batch, channels, height, width)``, of any strides: float32 or bfloat16 on a CPU;
+bfloat16 or float16 on a GPU, where ``bottleneck`` needs channels in multiples of 16 and
+``upsample_add`` in multiples of 8. Results are channels_last, in the dtype of the input; a batch of
+0 works. Weights are float32, bfloat16 or float16, on the same device. Sums are accumulated in
+float32. NaN and infinity travel as they do in PyTorch.
 
 A BatchNorm becomes ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` where it
 stands before a ReLU that starts a block; a BatchNorm right behind a convolution is folded into it
@@ -64,7 +66,7 @@ def bottleneck(
     "Stacked Hourglass Networks" (arXiv 1603.06937).
 
     Args:
-        x: the input, ``(batch, in, height, width)``, float32 or bfloat16.
+        x: the input, ``(batch, in, height, width)``.
         scale, shift: the first BatchNorm, ``(in,)``.
         w1, b1: ``(middle, in, 1, 1)`` and ``(middle,)``.
         w2, b2: ``(middle, middle, 3, 3)`` and ``(middle,)``.
@@ -110,7 +112,7 @@ def conv(
     Zero padding applies after the first line.
 
     Args:
-        x: the input, ``(batch, in, height, width)``, float32 or bfloat16.
+        x: the input, ``(batch, in, height, width)``.
         weight, bias: ``(out, in, kernel height, kernel width)`` and ``(out,)``. A BatchNorm behind
             the convolution is folded into them.
         scale, shift: a BatchNorm before it, ``(in,)`` each; both or neither.
@@ -133,12 +135,19 @@ def conv(
     return result
 
 
-def upsample_add(low: Tensor, skip: Tensor) -> Tensor:
+def upsample_add(low: Tensor | Sequence[Tensor], skip: Tensor, relu: bool = False) -> Tensor:
     """``skip + upsample_nearest(low, 2)``: the way up in an hourglass, in one pass.
 
+    With several maps, each is enlarged onto ``skip`` by its own factor and all are added, in
+    float32 and in this order; ``relu`` clamps the sum at 0. That is the fusion of resolutions in
+    HRNet (Sun et al., arXiv 1902.09212).
+
     Args:
-        low: ``(batch, channels, height / 2, width / 2)``, float32 or bfloat16.
-        skip: ``(batch, channels, height, width)``, the same dtype; height and width are even.
+        low: ``(batch, channels, height / 2, width / 2)``, or one to four maps
+            ``(batch, channels, height / n, width / n)`` with ``n`` of 1, 2, 4 or 8 for each.
+        skip: ``(batch, channels, height, width)``, in the same dtype; height and width are
+            multiples of every ``n``.
+        relu: whether a ReLU follows.
 
     Returns:
         ``(batch, channels, height, width)``, channels_last, in the same dtype.
@@ -148,7 +157,11 @@ def upsample_add(low: Tensor, skip: Tensor) -> Tensor:
         RuntimeError: hgfast was installed without its compiled part.
     """
     _require()
-    result: Tensor = torch.ops.hgfast.upsample_add(low, skip)
+    if isinstance(low, Tensor) and not relu:
+        result: Tensor = torch.ops.hgfast.upsample_add(low, skip)
+    else:
+        lows = [low] if isinstance(low, Tensor) else list(low)
+        result = torch.ops.hgfast.upsample_add.maps(lows, skip, relu)
     return result
 
 
@@ -232,6 +245,10 @@ def _fake_upsample_add(low: Tensor, skip: Tensor) -> Tensor:
     return _map(skip, skip.shape[1], skip.shape[2], skip.shape[3])
 
 
+def _fake_upsample_add_maps(low: list[Tensor], skip: Tensor, relu: bool = False) -> Tensor:
+    return _map(skip, skip.shape[1], skip.shape[2], skip.shape[3])
+
+
 def _fake_decode(heatmaps: Tensor, method: str) -> tuple[Tensor, Tensor]:
     batch, joints = heatmaps.shape[:2]
     return (
@@ -244,4 +261,5 @@ if _available:
     torch.library.register_fake("hgfast::bottleneck", _fake_bottleneck)
     torch.library.register_fake("hgfast::conv", _fake_conv)
     torch.library.register_fake("hgfast::upsample_add", _fake_upsample_add)
+    torch.library.register_fake("hgfast::upsample_add.maps", _fake_upsample_add_maps)
     torch.library.register_fake("hgfast::decode", _fake_decode)

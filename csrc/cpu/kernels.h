@@ -57,11 +57,16 @@ struct ConvParams {
   const float* bias;           // (out)
 };
 
-// y = skip + low upsampled x2 by nearest neighbour. Channels innermost.
+// y = skip + every low, upsampled x1 to x8 by nearest neighbour; then relu if relu.
 struct UpsampleAddParams {
+  static constexpr int kMaps = 4;
   Element element;
-  int64_t batch, height, width, channels;  // of skip and y; height and width even
-  const void *low, *skip;
+  int64_t batch, height, width, channels;  // of skip and y: multiples of every factor
+  int maps;                                // 1 to kMaps
+  bool relu;
+  const void* skip;
+  const void* low[kMaps];  // (batch, height >> shift, width >> shift, channels)
+  int shift[kMaps];        // log2 of the factor
   void* y;
 };
 

@@ -106,7 +106,7 @@ inline void store(bf16* p, Vec x, Part part) {
 // In three steps of known size: a memcpy of any size is a call.
 template <class T>
 inline void copy(T* to, const T* from, int count) {
-  if (count & 4) {
+  if (kLanes > 4 && count & 4) {  // count < kLanes
     memcpy(to, from, 4 * sizeof(T));
     to += 4;
     from += 4;

@@ -102,7 +102,18 @@ bool choose_bottleneck(const BottleneckParams& p, int multiprocessors, int share
   return choose(p, multiprocessors, shared_limit, variant) != nullptr;
 }
 
-cudaError_t bottleneck(const BottleneckParams& p, cudaStream_t stream) {
+std::vector<BottleneckVariant> bottleneck_variants() {
+  std::vector<BottleneckVariant> variants;
+  for (const Entry& entry : kEntries) {
+    BottleneckParams p{};
+    p.middle = entry.single ? entry.chunk : 256;
+    p.project = true;
+    variants.push_back(entry.variant(entry.name, p));
+  }
+  return variants;
+}
+
+cudaError_t bottleneck(const BottleneckParams& p, cudaStream_t stream, const char** name) {
   if (p.batch == 0) return cudaSuccess;
   if (!sensible(p)) return cudaErrorInvalidValue;
   Device device{};
@@ -110,6 +121,7 @@ cudaError_t bottleneck(const BottleneckParams& p, cudaStream_t stream) {
   BottleneckVariant variant;
   const Entry* entry = choose(p, device.multiprocessors, device.shared_bytes, variant);
   if (!entry) return cudaErrorInvalidConfiguration;
+  if (name) *name = variant.name;
   return entry->launch(variant, p, device.shared_bytes, stream);
 }
 

@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace hgfast::cuda {
 
@@ -79,8 +80,12 @@ struct BottleneckVariant {
 bool choose_bottleneck(const BottleneckParams&, int multiprocessors, int shared_limit,
                        BottleneckVariant& variant);
 
-// Launches the variant that suits the current device.
-cudaError_t bottleneck(const BottleneckParams&, cudaStream_t);
+// All variants, each with the most shared memory that it asks for: of a projected block, and of
+// the variants for any number of channels with 256 middle channels. `blocks` is 0.
+std::vector<BottleneckVariant> bottleneck_variants();
+
+// Launches the variant that suits the current device; tells its name if asked.
+cudaError_t bottleneck(const BottleneckParams&, cudaStream_t, const char** variant = nullptr);
 
 // y = skip + sum of maps, each upsampled by nearest neighbour; then relu if relu.
 struct UpsampleAddParams {

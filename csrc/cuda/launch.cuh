@@ -67,7 +67,7 @@ cudaError_t launch(const char* name, const Grid& grid, cudaStream_t stream, cons
     }
   }
   kernel<<<static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
-           static_cast<size_t>(grid.shared_bytes), stream> > >(params);
+           static_cast<size_t>(grid.shared_bytes), stream>>>(params);
   return cudaGetLastError();
 #endif
 }

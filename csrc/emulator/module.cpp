@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_python.h"
 #include "launch.h"
 #include "registry.h"
 
@@ -98,6 +99,10 @@ PYBIND11_MODULE(hgfast_emulator, m) {
       arg("multiprocessors") = 132, arg("shared_bytes") = 227 * 1024,
       "What launchers are told of the GPU; by default an H200.");
   m.def("counters", &counters, "What the last launch of this thread did.");
+  m.def(
+      "last_path", [] { return hgfast::last_path().text(); },
+      "The kernel that ran last in this thread, as hgfast._C.last_path() says it.");
+  hgfast::bind_cuda(m);
   m.def("last_report", &emulator::last_report,
         "What the last launch of this thread did wrong, or \"\".");
   m.def("probes", [] {

@@ -1,0 +1,136 @@
+// What the bindings of every device share: shapes, checks, and which kernel ran.
+//
+// Every check begins its message with `where`, the op or the plan's step that it speaks of.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <ostream>
+#include <string>
+
+namespace hgfast {
+
+// The kernel that ran last in this thread: "<instruction set>/<op>" or "cuda/<instance>", "" before
+// the first.
+struct Path {
+  const char* where = nullptr;
+  const char* kernel = nullptr;
+  std::string text() const { return where ? std::string(where) + "/" + kernel : std::string(); }
+};
+inline Path& last_path() {
+  static thread_local Path path;
+  return path;
+}
+
+// A map's shape. Whatever its strides, PyTorch writes it (batch, channels, height, width).
+struct Shape {
+  int64_t batch, channels, height, width;
+
+  int64_t count() const { return batch * channels * height * width; }
+  std::array<int64_t, 4> sizes() const { return {batch, channels, height, width}; }
+  bool operator==(const Shape& other) const { return sizes() == other.sizes(); }
+};
+
+inline std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
+  return stream << at::IntArrayRef(shape.sizes());
+}
+
+inline void check_shape(const std::string& where, const char* name, const Shape& given,
+                        const Shape& expected) {
+  TORCH_CHECK_VALUE(given == expected, where, ": expected ", name, " of shape ", expected,
+                    ", given ", given);
+}
+
+// The shape of a feature map: 4-D, not empty but for its batch.
+inline Shape shape_of(const std::string& where, const char* name, const at::Tensor& map) {
+  TORCH_CHECK_VALUE(map.dim() == 4, where, ": expected ", name,
+                    " of shape (batch, channels, height, width), given ", map.sizes());
+  TORCH_CHECK_VALUE(map.size(1) > 0 && map.size(2) > 0 && map.size(3) > 0, where, ": expected ",
+                    name, " with at least one channel, row and column, given ", map.sizes());
+  return {map.size(0), map.size(1), map.size(2), map.size(3)};
+}
+
+// A weight on the device where its kernel runs.
+inline void check_weight(const std::string& where, const char* name, const at::Tensor& tensor,
+                         at::IntArrayRef expected, const at::Device& device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, where, ": expected ", name, " on ", device,
+                    ", given ", tensor.device());
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, where,
+                    ": expected ", name, " in float32, bfloat16 or float16, given ", type);
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, where, ": expected ", name, " of shape ", expected,
+                    ", given ", tensor.sizes());
+}
+
+// A bottleneck's channels, after all its weights were checked.
+struct BottleneckChannels {
+  int64_t in, middle, out;
+};
+inline BottleneckChannels check_bottleneck(const std::string& where, const at::Device& device,
+                                           const at::Tensor& scale, const at::Tensor& shift,
+                                           const at::Tensor& w1, const at::Tensor& b1,
+                                           const at::Tensor& w2, const at::Tensor& b2,
+                                           const at::Tensor& w3, const at::Tensor& b3,
+                                           const std::optional<at::Tensor>& wp,
+                                           const std::optional<at::Tensor>& bp) {
+  TORCH_CHECK_VALUE(w1.dim() == 4 && w3.dim() == 4, where,
+                    ": expected w1 of shape (middle, in, 1, 1) and w3 of shape "
+                    "(out, middle, 1, 1), given ",
+                    w1.sizes(), " and ", w3.sizes());
+  const int64_t in = w1.size(1), middle = w1.size(0), out = w3.size(0);
+  TORCH_CHECK_VALUE(in > 0 && middle > 0 && out > 0, where,
+                    ": expected at least one channel everywhere, given w1 of shape ", w1.sizes(),
+                    " and w3 of shape ", w3.sizes());
+  check_weight(where, "scale", scale, {in}, device);
+  check_weight(where, "shift", shift, {in}, device);
+  check_weight(where, "w1", w1, {middle, in, 1, 1}, device);
+  check_weight(where, "b1", b1, {middle}, device);
+  check_weight(where, "w2", w2, {middle, middle, 3, 3}, device);
+  check_weight(where, "b2", b2, {middle}, device);
+  check_weight(where, "w3", w3, {out, middle, 1, 1}, device);
+  check_weight(where, "b3", b3, {out}, device);
+  TORCH_CHECK_VALUE(wp.has_value() == bp.has_value(), where,
+                    ": expected both wp and bp or neither, given only ",
+                    wp.has_value() ? "wp" : "bp");
+  TORCH_CHECK_VALUE(wp.has_value() || in == out, where,
+                    ": expected a projection (wp, bp) where the channels change, given none for ",
+                    in, " -> ", out);
+  if (wp) {
+    check_weight(where, "wp", *wp, {out, in, 1, 1}, device);
+    check_weight(where, "bp", *bp, {out}, device);
+  }
+  return {in, middle, out};
+}
+
+// What a map must be, to be enlarged `1 << shift` times onto a map of shape `full`.
+inline Shape reduced(const std::string& where, const Shape& full, int shift) {
+  const int64_t rest = (int64_t{1} << shift) - 1;
+  TORCH_CHECK_VALUE(!(full.height & rest) && !(full.width & rest), where,
+                    ": expected a height and width that are multiples of ", rest + 1,
+                    " to add an upsampled map to, given ", full);
+  return {full.batch, full.channels, full.height >> shift, full.width >> shift};
+}
+inline Shape half_of(const std::string& where, const Shape& full) {
+  return reduced(where, full, 1);
+}
+
+// How many maps upsample_add takes beside the largest, and how often each may double.
+constexpr int kUpsampledMaps = 4, kMostDoublings = 3;
+
+inline void check_map_count(const std::string& where, size_t count) {
+  TORCH_CHECK_VALUE(count >= 1 && count <= kUpsampledMaps, where, ": expected 1 to ",
+                    kUpsampledMaps, " maps to add, given ", count);
+}
+
+// log2 of the factor by which `low` is enlarged onto a map of shape `full`.
+inline int doublings(const std::string& where, const Shape& low, const Shape& full) {
+  int shift = 0;
+  while (shift < kMostDoublings && low.height << shift < full.height) ++shift;
+  check_shape(where, "low", low, reduced(where, full, shift));
+  return shift;
+}
+
+}  // namespace hgfast

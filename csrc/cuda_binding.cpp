@@ -1,0 +1,227 @@
+#include "cuda_binding.h"
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <vector>
+
+namespace hgfast {
+namespace {
+
+using at::Tensor;
+
+void check_launched(const std::string& where, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, where, ": ", cudaGetErrorString(error));
+}
+
+cudaStream_t current_stream([[maybe_unused]] const at::Device& device) {
+#ifdef HGFAST_EMULATE
+  return nullptr;
+#else
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return static_cast<cudaStream_t>(guard.getStream(device).native_handle());
+#endif
+}
+
+cuda::Element element_of(at::ScalarType type) {
+  return type == at::kBFloat16 ? cuda::Element::bfloat16 : cuda::Element::float16;
+}
+
+Shape map_shape(const std::string& where, const char* name, const Tensor& map) {
+  TORCH_CHECK_VALUE(map.device().type() == kKernelDevice, where, ": expected ", name, " on ",
+                    kKernelDevice, ", given ", map.device());
+  TORCH_CHECK_VALUE(map.scalar_type() == at::kBFloat16 || map.scalar_type() == at::kHalf, where,
+                    ": expected ", name, " in bfloat16 or float16, given ", map.scalar_type());
+  return shape_of(where, name, map);
+}
+
+// Dense and aligned, channels innermost.
+Tensor channels_last(const Tensor& map) {
+  Tensor dense = map.contiguous(at::MemoryFormat::ChannelsLast);
+  if (reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16)
+    dense = dense.clone(at::MemoryFormat::ChannelsLast);
+  return dense;
+}
+
+// A map beside the first one: of the shape it must have, of the same type, on the same device.
+Tensor second_map(const std::string& where, const char* name, const Tensor& map,
+                  const Shape& expected, const Tensor& first) {
+  check_shape(where, name, map_shape(where, name, map), expected);
+  TORCH_CHECK_VALUE(map.scalar_type() == first.scalar_type(), where, ": expected ", name, " in ",
+                    first.scalar_type(), " as the first map is, given ", map.scalar_type());
+  TORCH_CHECK_VALUE(map.device() == first.device(), where, ": expected ", name, " on ",
+                    first.device(), " as the first map is, given ", map.device());
+  return channels_last(map);
+}
+
+Tensor empty_map(const Shape& shape, const Tensor& like) {
+  return at::empty(shape.sizes(), like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+// ---- Packing ----
+
+// (n) -> (padded), float32, a copy of its own.
+Tensor pad_vector(const Tensor& vector, int64_t padded) {
+  Tensor result = at::zeros({padded}, vector.options().dtype(at::kFloat));
+  result.narrow(0, 0, vector.size(0)).copy_(vector);
+  return result;
+}
+
+// (rows, columns) -> (padded rows, padded columns), float32.
+Tensor pad_matrix(const Tensor& matrix, int64_t rows, int64_t columns) {
+  Tensor result = at::zeros({rows, columns}, matrix.options().dtype(at::kFloat));
+  result.narrow(0, 0, matrix.size(0)).narrow(1, 0, matrix.size(1)).copy_(matrix);
+  return result;
+}
+
+// A matrix in the order of the tape: see BottleneckTape in cuda/kernels.h, whose r and c are taken
+// apart here: r = (chunk, group of 16, 8s, rest), c = (slice, half, 8s, pair, element).
+Tensor wind(const Tensor& matrix, int64_t chunk) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  return matrix.view({rows / chunk, chunk / 16, 2, 8, columns / cuda::kSliceColumns, 2, 2, 4, 2})
+      .permute({0, 4, 5, 1, 3, 7, 2, 6, 8})
+      .reshape({-1});
+}
+
+}  // namespace
+
+CudaBottleneck::CudaBottleneck(const std::string& where, at::ScalarType element,
+                               const OptionalTensor& scale, const OptionalTensor& shift,
+                               const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                               const Tensor& b2, const Tensor& w3, const Tensor& b3,
+                               const OptionalTensor& wp, const OptionalTensor& bp, bool relu)
+    : where_(where), element_(element) {
+  const at::Device device = w1.device();
+  TORCH_CHECK_VALUE(device.type() == kKernelDevice, where, ": expected w1 on ", kKernelDevice,
+                    ", given ", device);
+  TORCH_CHECK_VALUE(element == at::kBFloat16 || element == at::kHalf, where,
+                    ": expected bfloat16 or float16, given ", element);
+  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
+                    ": expected both scale and shift or neither, given only ",
+                    scale ? "scale" : "shift");
+  const Tensor none = w1.dim() == 4 ? at::empty({w1.size(1)}, w1.options()) : w1;
+  const auto [in, middle, out] = check_bottleneck(
+      where, device, scale.value_or(none), shift.value_or(none), w1, b1, w2, b2, w3, b3, wp, bp);
+  TORCH_CHECK_VALUE(in % 16 == 0 && middle % 16 == 0 && out % 16 == 0, where,
+                    ": expected channels in multiples of 16 on a GPU, given ", in, " -> ", middle,
+                    " -> ", out);
+  const c10::OptionalDeviceGuard guard(device);
+  const cuda::BottleneckTape tape =
+      cuda::bottleneck_tape(static_cast<int>(in), static_cast<int>(middle), static_cast<int>(out));
+
+  const Tensor conv1 = pad_matrix(w1.flatten(1), tape.middle, tape.in);
+  Tensor taps = at::zeros({tape.middle, 9, tape.middle}, w2.options().dtype(at::kFloat));
+  taps.narrow(0, 0, middle).narrow(2, 0, middle).copy_(w2.permute({0, 2, 3, 1}).flatten(1, 2));
+  Tensor conv3 = pad_matrix(w3.flatten(1), tape.out, tape.middle);
+  if (wp) conv3 = at::cat({conv3, pad_matrix(wp->flatten(1), tape.out, tape.in)}, 1);
+  tape_ =
+      at::cat({wind(conv1, tape.chunk), wind(taps.flatten(1), tape.chunk), wind(conv3, tape.chunk)})
+          .to(element);
+  b1_ = pad_vector(b1, tape.middle);
+  b2_ = pad_vector(b2, tape.middle);
+  b3_ = pad_vector(wp ? b3.to(at::kFloat) + bp->to(at::kFloat) : b3, tape.out);
+  if (scale) {
+    scale_ = pad_vector(*scale, tape.in);
+    shift_ = pad_vector(*shift, tape.in);
+    params_.scale = scale_.const_data_ptr<float>();
+    params_.shift = shift_.const_data_ptr<float>();
+  }
+  params_.element = element_of(element);
+  params_.in = static_cast<int>(in);
+  params_.middle = static_cast<int>(middle);
+  params_.out = static_cast<int>(out);
+  params_.project = wp.has_value();
+  params_.relu = relu;
+  params_.b1 = b1_.const_data_ptr<float>();
+  params_.b2 = b2_.const_data_ptr<float>();
+  params_.b3 = b3_.const_data_ptr<float>();
+  params_.tape = tape_.const_data_ptr();
+}
+
+Tensor CudaBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool) const {
+  const Shape shape = map_shape(where_, "x", x);
+  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
+                    x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == tape_.device(), where_, ": expected x on ", tape_.device(),
+                    ", given ", x.device());
+  TORCH_CHECK_VALUE(shape.channels == params_.in, where_, ": expected x of ", params_.in,
+                    " channels, as w1 has, given ", shape);
+  TORCH_CHECK_VALUE(!pool || (shape.height > 1 && shape.width > 1), where_,
+                    ": expected x of at least 2x2 pixels to pool, given ", shape);
+  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX, where_,
+                    ": expected less than 2^31 elements an image, given ", shape);
+  const Shape result = {shape.batch, params_.out, pool ? shape.height / 2 : shape.height,
+                        pool ? shape.width / 2 : shape.width};
+  const c10::OptionalDeviceGuard guard(x.device());
+  Tensor half;
+  if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
+  const Tensor dense = channels_last(x);
+  Tensor y = empty_map(result, x);
+  if (y.numel() == 0) return y;
+
+  cuda::BottleneckParams p = params_;
+  p.batch = result.batch;
+  p.height = result.height;
+  p.width = result.width;
+  p.x_height = shape.height;
+  p.x_width = shape.width;
+  p.pool = pool;
+  p.x = dense.const_data_ptr();
+  p.low = low ? half.const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  const char* variant = "bottleneck";
+  check_launched(where_, cuda::bottleneck(p, current_stream(x.device()), &variant));
+  last_path() = {"cuda", variant};
+  return y;
+}
+
+std::string CudaBottleneck::obstacle(int64_t in, int64_t middle, int64_t out, bool project,
+                                     int64_t shared_bytes) {
+  if (in % 16 || middle % 16 || out % 16)
+    return c10::str("its channels (", in, ", ", middle, ", ", out, ") are not multiples of 16");
+  cuda::BottleneckParams p{};
+  p.batch = p.height = p.width = p.x_height = p.x_width = 1;
+  p.in = static_cast<int>(in);
+  p.middle = static_cast<int>(middle);
+  p.out = static_cast<int>(out);
+  p.project = project;
+  cuda::BottleneckVariant variant{};
+  if (cuda::choose_bottleneck(p, 1, static_cast<int>(shared_bytes), variant)) return "";
+  return c10::str("its ", middle, " middle channels need ", variant.shared_bytes,
+                  " bytes of shared memory, and this GPU has ", shared_bytes);
+}
+
+Tensor cuda_upsample_add(at::TensorList lows, const Tensor& skip, bool relu) {
+  const char* where = "hgfast::upsample_add";
+  const Shape shape = map_shape(where, "skip", skip);
+  check_map_count(where, lows.size());
+  TORCH_CHECK_VALUE(shape.channels % 8 == 0, where,
+                    ": expected channels in multiples of 8 on a GPU, given ", shape);
+  const c10::OptionalDeviceGuard guard(skip.device());
+  cuda::UpsampleAddParams p{};
+  p.element = element_of(skip.scalar_type());
+  std::vector<Tensor> dense;
+  for (const Tensor& low : lows) {
+    const int shift = doublings(where, map_shape(where, "low", low), shape);
+    dense.push_back(second_map(where, "low", low, reduced(where, shape, shift), skip));
+    p.shift[p.maps] = shift;
+    p.low[p.maps++] = dense.back().const_data_ptr();
+  }
+  dense.push_back(channels_last(skip));
+  Tensor y = empty_map(shape, skip);
+  if (y.numel() == 0) return y;
+
+  p.batch = shape.batch;
+  p.height = shape.height;
+  p.width = shape.width;
+  p.channels = static_cast<int>(shape.channels);
+  p.relu = relu;
+  p.skip = dense.back().const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  check_launched(where, cuda::upsample_add(p, current_stream(skip.device())));
+  last_path() = {"cuda", "upsample_add"};
+  return y;
+}
+
+}  // namespace hgfast

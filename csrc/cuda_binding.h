@@ -1,0 +1,58 @@
+// What the CUDA ops (cuda_ops.cpp) and the executor (hgfast/runtime/cuda.py) share: packed weights,
+// and launching on the tensors' device and its current stream.
+//
+// Nothing here needs a CUDA build of torch: device and stream are asked for through torch's
+// device-generic interface. So all of it is compiled everywhere; with HGFAST_EMULATE it becomes a
+// binding of the emulated kernels, which take CPU tensors.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "binding.h"
+#include "cuda/kernels.h"
+
+namespace hgfast {
+
+#ifdef HGFAST_EMULATE
+constexpr auto kKernelDevice = c10::DeviceType::CPU;
+#else
+constexpr auto kKernelDevice = c10::DeviceType::CUDA;
+#endif
+
+// A residual block with its weights packed, for inference again and again. Immutable.
+class CudaBottleneck {
+ public:
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  // Weights as the op takes them, on the device that will run them; `element` is bfloat16 or
+  // float16. Without scale and shift, x enters conv1 as it is; with relu, the block ends in one.
+  CudaBottleneck(const std::string& where, at::ScalarType element, const OptionalTensor& scale,
+                 const OptionalTensor& shift, const at::Tensor& w1, const at::Tensor& b1,
+                 const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
+                 const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
+                 bool relu);
+
+  // x: (batch, in, height, width) in `element`, any strides; low: (batch, out, height / 2,
+  // width / 2), or none. With pool, the block sees the 2x2 maximum of x. The result is
+  // channels_last.
+  at::Tensor run(const at::Tensor& x, const OptionalTensor& low, bool pool) const;
+
+  // Why no kernel takes a block of these channels on a device with so much shared memory for one
+  // of its blocks, in words; "" if one does.
+  static std::string obstacle(int64_t in, int64_t middle, int64_t out, bool project,
+                              int64_t shared_bytes);
+
+ private:
+  std::string where_;
+  at::ScalarType element_;
+  cuda::BottleneckParams params_{};  // all but the maps and their sizes
+  at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
+};
+
+at::Tensor cuda_upsample_add(at::TensorList lows, const at::Tensor& skip, bool relu);
+
+}  // namespace hgfast

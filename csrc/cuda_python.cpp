@@ -1,0 +1,51 @@
+// What of the CUDA binding is no op, as Python sees it: in hgfast._C where torch has CUDA, and in
+// the emulator's module for tests.
+#include "cuda_python.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+
+namespace hgfast {
+
+void bind_cuda(pybind11::module_& m) {
+  namespace py = pybind11;
+  using py::arg;
+  py::class_<CudaBottleneck>(m, "CudaBottleneck",
+                             "A residual block with its weights packed for a GPU. Immutable.")
+      .def(py::init(torch::wrap_pybind_function(
+               [](at::ScalarType element, const CudaBottleneck::OptionalTensor& scale,
+                  const CudaBottleneck::OptionalTensor& shift, const at::Tensor& w1,
+                  const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
+                  const at::Tensor& w3, const at::Tensor& b3,
+                  const CudaBottleneck::OptionalTensor& wp,
+                  const CudaBottleneck::OptionalTensor& bp, bool relu) {
+                 return std::make_unique<CudaBottleneck>("bottleneck", element, scale, shift, w1,
+                                                         b1, w2, b2, w3, b3, wp, bp, relu);
+               })),
+           arg("element"), arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"),
+           arg("w3"), arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(),
+           arg("relu") = false)
+      .def("run", torch::wrap_pybind_function_no_gil(&CudaBottleneck::run), arg("x"),
+           arg("low") = py::none(), arg("pool") = false)
+      .def_static("obstacle", torch::wrap_pybind_function(&CudaBottleneck::obstacle), arg("in"),
+                  arg("middle"), arg("out"), arg("project"), arg("shared_bytes"));
+  m.def(
+      "bottleneck_variants",
+      [] {
+        py::list rows;
+        for (const auto& row : cuda::bottleneck_variants()) {
+          py::dict entry;
+          entry["name"] = row.name;
+          entry["threads"] = row.threads;
+          entry["shared_bytes"] = row.shared_bytes;
+          rows.append(entry);
+        }
+        return rows;
+      },
+      "Every instance of the bottleneck kernel, and the most shared memory that a block of it asks "
+      "for; of the instances for any number of channels, with 256 middle channels.");
+}
+
+}  // namespace hgfast

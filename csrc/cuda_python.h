@@ -1,0 +1,11 @@
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "cuda_binding.h"
+
+namespace hgfast {
+
+void bind_cuda(pybind11::module_& m);
+
+}  // namespace hgfast

@@ -1,0 +1,37 @@
+// Every operator that hgfast registers, at a glance. Formulas, shapes and errors are told in
+// hgfast/ops.py; the implementations are in cpu_ops.cpp and cuda_ops.cpp.
+#pragma once
+
+#include <torch/library.h>
+
+#include <vector>
+
+namespace hgfast {
+
+inline void define_ops(torch::Library& m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+
+  // The pre-activation residual: three folded BN-ReLU-convolutions, the shortcut, and
+  // optionally the upsampled sum that ends an hourglass level.
+  m.def(
+      "bottleneck(Tensor x, Tensor scale, Tensor shift, Tensor w1, Tensor b1, Tensor w2, "
+      "Tensor b2, Tensor w3, Tensor b3, Tensor? wp=None, Tensor? bp=None, Tensor? low=None) "
+      "-> Tensor",
+      tags);
+
+  // One convolution with an optional folded BN-ReLU before, a ReLU and a sum after.
+  m.def(
+      "conv(Tensor x, Tensor weight, Tensor bias, Tensor? scale=None, Tensor? shift=None, "
+      "int[2] stride=1, int[2] padding=0, bool relu=False, Tensor? add=None) -> Tensor",
+      tags);
+
+  // skip + low, enlarged twofold by nearest neighbour; or several maps, enlarged up to eightfold,
+  // and a ReLU behind the sum.
+  m.def("upsample_add(Tensor low, Tensor skip) -> Tensor", tags);
+  m.def("upsample_add.maps(Tensor[] low, Tensor skip, bool relu=False) -> Tensor", tags);
+
+  // Heatmaps to joint coordinates in heatmap pixels, and their scores.
+  m.def("decode(Tensor heatmaps, str method) -> (Tensor coords, Tensor scores)", tags);
+}
+
+}  // namespace hgfast
