@@ -1,0 +1,219 @@
+"""Building and testing: other programs, watched, their output kept in files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.journal import ROOT, Journal
+
+TAIL = 3000  # characters of a log that go into the results
+
+
+class Children:
+    """The programs that run now, so that a signal can end them and wait for none."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.RLock()  # a signal's handler may ask for it again
+        self.stopped = False
+
+    def run(self, command: list[str], log: Path, limit: float, env: dict[str, str]) -> int | None:
+        """The exit status; None where it ran past ``limit`` seconds or was stopped."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as out:
+            with self._lock:
+                if self.stopped:
+                    return None
+                child = subprocess.Popen(
+                    command, cwd=ROOT, env={**os.environ, **env}, stdout=out, stderr=out
+                )
+                self._running.add(child)
+            try:
+                return child.wait(limit)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                end(child)
+                with self._lock:
+                    self._running.discard(child)
+
+    def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out, self._lock:
+            child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+            self._running.add(child)
+            return child
+
+    def stop(self) -> None:
+        with self._lock:
+            self.stopped = True
+            running = list(self._running)
+        for child in running:
+            end(child)
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Ask it to end, then insist."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-TAIL:] if log.is_file() else ""
+
+
+# ---- Building ------------------------------------------------------------------------------------
+
+
+def build(
+    journal: Journal, children: Children, work: Path, limit: float, architecture: str | None
+) -> bool:
+    """Build hgfast/_C for this GPU, in a folder of its own; without one, only rehearse the call."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    command += ["--build-temp", str(work / "cmake")]
+    environment = {
+        "FORCE_CUDA": "1",  # no device code is an error
+        "TORCH_CUDA_ARCH_LIST": architecture or "",
+        "HGFAST_EMULATOR": "0",
+        "HGFAST_AMX_MODEL": "0",
+    }
+    if architecture is None:
+        command, environment = [sys.executable, "setup.py", "--version"], {}
+    log = work / "logs" / "build.log"
+    begun = time.monotonic()
+    status = children.run(command, log, limit, environment)
+    journal.add(
+        "build", "build", {0: "ok", None: "timed out"}.get(status, "failed"),
+        command=" ".join(command), environment=environment, took=time.monotonic() - begun,
+        rehearsed=architecture is None, log=tail(log) if status != 0 else "",
+    )  # fmt: skip
+    return status == 0
+
+
+# ---- Testing -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Test:
+    """A program that tests. ``says`` is what a sanitizer's last lines must contain."""
+
+    name: str
+    command: list[str]
+    limit: float
+    junit: Path | None = None
+    says: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def tests(work: Path, rehearse: bool) -> list[Test]:
+    """The programs to run, the most wanted first."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = {"HGFAST_GPU_REHEARSAL" if rehearse else "HGFAST_GPU_REQUIRED": "1"}
+
+    def suite(name: str, *arguments: str, limit: float) -> Test:
+        junit = work / "logs" / f"{name.replace('/', '-')}.xml"
+        return Test(
+            name, [*pytest, *arguments, f"--junitxml={junit}"], limit, junit, (), environment
+        )
+
+    found = [
+        suite(f"tests/gpu/{name}.py", f"tests/gpu/{name}.py", limit=180)
+        for name in ("test_gpu_kernels", "test_gpu_runtime", "test_gpu_networks", "test_gpu_torch")
+    ]
+    script = [sys.executable, "tests/gpu/sanitize.py"]
+    if rehearse:
+        only = ["tests/gpu/test_gpu_torch.py", "-k", "opcheck_upsample"]
+        return [
+            suite("tests/gpu/test_gpu_torch.py", *only, limit=60),
+            Test("sanitize.py", script, 60, None, ("done",), environment),
+        ]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool, verdict in (
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards"),
+        ("synccheck", "ERROR SUMMARY: 0 errors"),
+    ):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *script]
+        found.append(Test(tool, command, 180, None, (verdict, "done"), environment))
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    found.append(suite("the rest of tests", "tests", "--ignore=tests/gpu", *workers, limit=180))
+    return found
+
+
+def test(journal: Journal, children: Children, work: Path, deadline: float, rehearse: bool) -> None:
+    """Run what no record calls finished, several at a time: they are no measurements."""
+    finished = journal.finished("test")
+    waiting = [one for one in tests(work, rehearse) if one.name not in finished]
+    with ThreadPoolExecutor(1 if rehearse else 4) as pool:
+        try:
+            for _ in pool.map(lambda one: _run(one, journal, children, work, deadline), waiting):
+                pass
+        except BaseException:  # a signal: the pool waits for what runs, so that has to end
+            children.stop()
+            raise
+
+
+def _run(one: Test, journal: Journal, children: Children, work: Path, deadline: float) -> None:
+    limit = min(one.limit, deadline - time.time())
+    if limit <= 0 or children.stopped:
+        journal.add("test", one.name, "out of time", reason="skipped: out of time")
+        return
+    if shutil.which(one.command[0]) is None:
+        journal.add("test", one.name, "not possible here", reason=f"no {one.command[0]}")
+        return
+    log = work / "logs" / f"{one.name.replace('/', '-').replace(' ', '-')}.log"
+    begun = time.monotonic()
+    status = children.run(one.command, log, limit, one.environment)
+    text = log.read_text(errors="replace")
+    details: dict[str, Any] = {"took": time.monotonic() - begun, "exit": status}
+    if one.junit is not None:
+        details.update(counts(one.junit))
+    if status is None:
+        verdict = "out of time" if limit < one.limit or children.stopped else "timed out"
+    elif "Device not supported" in text:
+        verdict = "not possible here"
+        details["reason"] = "the sanitizer does not know this device, or may not see it"
+    else:
+        verdict = "ok" if status == 0 and all(word in text for word in one.says) else "failed"
+    if verdict != "ok":
+        details["log"] = tail(log)
+    journal.add("test", one.name, verdict, **details)
+
+
+def counts(junit: Path) -> dict[str, Any]:
+    """How many tests passed, failed and were skipped, and what failed; nothing if it is cut off."""
+    try:
+        cases = ElementTree.parse(junit).getroot().iter("testcase")
+    except (OSError, ElementTree.ParseError):
+        return {}
+    found: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    for case in cases:
+        trouble = case.find("failure")
+        if trouble is None:
+            trouble = case.find("error")
+        if trouble is not None:
+            found["failed"] += 1
+            message = re.sub(r"\s+", " ", trouble.get("message") or "")[:300]
+            found["failures"].append({"name": case.get("name"), "message": message})
+        elif case.find("skipped") is not None:
+            found["skipped"] += 1
+        else:
+            found["passed"] += 1
+    return found

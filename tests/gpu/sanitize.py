@@ -1,0 +1,93 @@
+"""Every op once on small shapes, for a checker of memory accesses and races to watch:
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
+
+Prints "done" at the end. Results are compared too, so that a kernel that did not run is noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Each tensor in an allocation of its own: past its end is then outside, not in a neighbour.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+_TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
+
+import torch  # noqa: E402
+from op_checks import (  # noqa: E402
+    bottleneck_reference,
+    bottleneck_weights,
+    cast,
+    conv_reference,
+    conv_weights,
+    random_map,
+    upsample_add_reference,
+)
+from torch import Tensor  # noqa: E402
+
+from hgfast import ops  # noqa: E402
+
+REHEARSAL = os.environ.get("HGFAST_GPU_REHEARSAL") == "1"
+DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
+DTYPES = [torch.bfloat16] if REHEARSAL else [torch.bfloat16, torch.float16]
+
+
+def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.to(DEVICE) for name, t in tensors.items()}
+
+
+def compare(what: str, out: Tensor, reference: Tensor) -> None:
+    """The references are computed on the CPU, where they are no work for the checker."""
+    error = (out.cpu().double() - reference).norm() / reference.norm()
+    assert error < 0.02, f"{what}: relative error {float(error):.1e}"
+
+
+def bottlenecks(dtype: torch.dtype) -> None:
+    # middle: every chunk of the kernel; sizes: no multiple of a tile, one pixel, many blocks
+    blocks = 2 if REHEARSAL else torch.cuda.get_device_properties(0).multi_processor_count
+    shapes = [(middle, 1, 6, 10) for middle in (16, 64, 128, 160)]
+    shapes += [(middle, blocks // 4 + 1, 10, 18) for middle in (32, 64, 128, 160)]
+    shapes += [(32, 1, 1, 1), (48, 2, 9, 5)]
+    for middle, batch, height, width in shapes:
+        for project in (False, True):
+            channels = 32
+            w = bottleneck_weights(channels, middle, channels, project=project)
+            x = random_map(batch, channels, height, width, dtype=dtype, layout="channels_last")
+            low = None
+            if height % 2 == 0 and width % 2 == 0:
+                low = random_map(batch, channels, height // 2, width // 2, dtype=dtype, seed=2)
+            halves = [None, low] if low is not None else [None]
+            for half in halves:
+                y = ops.bottleneck(
+                    x.to(DEVICE), **moved(w), low=None if half is None else half.to(DEVICE)
+                )
+                exact = None if half is None else half.double()
+                reference = bottleneck_reference(x.double(), cast(w, torch.float64), exact)
+                compare(f"bottleneck {middle} {tuple(x.shape)}", y, reference)
+
+
+def others(dtype: torch.dtype) -> None:
+    low = random_map(2, 24, 3, 5, dtype=dtype, layout="channels_last")
+    skip = random_map(2, 24, 6, 10, dtype=dtype, layout="channels_last", seed=2)
+    y = ops.upsample_add(low.to(DEVICE), skip.to(DEVICE))
+    compare("upsample_add", y, upsample_add_reference(low.double(), skip.double()))
+    w = conv_weights(24, 16, (3, 3), norm=True)
+    y = ops.conv(skip.to(DEVICE), **moved(w), padding=1, relu=True)
+    reference = conv_reference(skip.double(), cast(w, torch.float64), 1, 1, relu=True)
+    compare("conv", y, reference)
+
+
+def main() -> None:
+    for dtype in DTYPES:
+        bottlenecks(dtype)
+        others(dtype)
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
