@@ -57,7 +57,7 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hgfast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info hgfast/_C*.so tests/hgfast_emulator*.so
 
 $(INSTALLED): requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

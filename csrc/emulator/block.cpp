@@ -295,7 +295,8 @@ void Block::fail_shared(Fault fault, const char* function, bool writes, uint32_t
   const char* const does = writes ? "writes" : "reads";
   if (fault == Fault::uninitialised)
     fail("uninitialised", thread,
-         "%s at %s:%d reads byte offset %u of shared memory, which this block never wrote",
+         "%s at %s:%d reads byte offset %u of shared memory, which no thread of the block has "
+         "written yet",
          function, place.file, place.line, offset);
   const Stamp other = shared_.other();
   const Place there = place_of(other);

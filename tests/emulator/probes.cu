@@ -50,17 +50,18 @@ __global__ void product(const __grid_constant__ ProbeParams p) {
                  float2{d[2 * i], d[2 * i + 1]});
 }
 
-// input[0]: (blocks, 32, 16) bytes of rows; input[1]: (32) offsets of rows;
+// input[0]: (blocks, value[0], 32) rows of 16 bytes; input[1]: (32) the offset of each lane's row;
 // output[0]: (blocks, 32, 4) uint32, the fragments.
 __global__ void load_matrices_probe(const __grid_constant__ ProbeParams p) {
-  const int lane = thread_index();
-  const int64_t element = int64_t{block_index()} * kWarp + lane;
+  const int lane = thread_index(), rows = static_cast<int>(p.value[0]) * kWarp;
   const Shared memory = shared_memory();
-  store_shared(memory + 16 * lane, load_global<uint4>(at<uint4>(p.input[0], element)));
+  for (int row = lane; row < rows; row += kWarp)
+    store_shared(memory + 16 * row,
+                 load_global<uint4>(at<uint4>(p.input[0], int64_t{block_index()} * rows + row)));
   sync_warp();
   uint32_t fragment[4];
   load_matrices(fragment, memory + load_global<uint32_t>(at<uint32_t>(p.input[1], lane)));
-  store_global(at<uint4>(p.output[0], element),
+  store_global(at<uint4>(p.output[0], int64_t{block_index()} * kWarp + lane),
                uint4{fragment[0], fragment[1], fragment[2], fragment[3]});
 }
 
@@ -166,6 +167,40 @@ __global__ void work_probe(const __grid_constant__ ProbeParams p) {
   store_global(at<float4>(p.output[0], thread), float4{d[0], d[1], d[2], d[3]});
 }
 
+// A random program: input[0] holds for each of value[1] steps what each thread does: nothing (0),
+// read (1) or write (2) of a word, value << 2 | what. Behind a step all threads of a warp meet
+// where input[1], for each step and warp, is 1, and all threads of the block where it is 2.
+__global__ void program_probe(const __grid_constant__ ProbeParams p) {
+  const int threads = static_cast<int>(p.value[0]), thread = thread_index();
+  const int words = static_cast<int>(p.value[2]);
+  for (int word = thread; word < words; word += threads)
+    store_shared(shared_memory() + 4 * word, 0u);
+  sync_block();
+  uint32_t sum = 0;
+  for (int64_t step = 0; step < p.value[1]; ++step) {
+    const auto action = load_global<uint32_t>(at<uint32_t>(p.input[0], step * threads + thread));
+    const Shared word = shared_memory() + 4 * (action >> 2);
+    if ((action & 3) == 1) sum += load_shared<uint32_t>(word);
+    if ((action & 3) == 2) store_shared(word, sum);
+    const auto barrier =
+        load_global<uint32_t>(at<uint32_t>(p.input[1], (step * threads + thread) / kWarp));
+    if (barrier == 1) sync_warp();
+    if (barrier == 2) sync_block();
+  }
+  store_global(at<uint32_t>(p.output[0], thread), sum);
+}
+
+// Reads value[0] rows of 16 bytes, value[1] times over.
+__global__ void reread_probe(const __grid_constant__ ProbeParams p) {
+  const int threads = 128;
+  uint32_t sum = 0;
+  for (int64_t time = 0; time < p.value[1]; ++time)
+    for (int64_t row = thread_index(); row < p.value[0]; row += threads)
+      sum += load_global<uint4>(at<uint4>(p.input[0], row)).x;
+  store_global(at<uint4>(p.output[0], int64_t{block_index()} * threads + thread_index()),
+               uint4{sum, sum, sum, sum});
+}
+
 const Probe probes[] = {
     {"product_bfloat16", launch_probe<product<BFloat16>>},
     {"product_float16", launch_probe<product<Float16>>},
@@ -185,6 +220,8 @@ const Probe probes[] = {
     {"exchange_uint4", launch_probe<exchange_probe<uint4>>},
     {"exchange_float4", launch_probe<exchange_probe<float4>>},
     {"copy", launch_probe<copy_probe>},
+    {"program", launch_probe<program_probe>},
+    {"reread", launch_probe<reread_probe>},
     {"work", launch_probe<work_probe>},
 };
 
