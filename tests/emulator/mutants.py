@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 EMULATOR = ROOT / "csrc" / "emulator"
-FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-DHGFAST_EMULATE", "-w"]
+FLAGS = ["-std=c++17", "-fPIC", "-DHGFAST_EMULATE", "-w"]
 
 # Calls run(arrays) of the library argv[1] on the arrays in the file argv[2], and puts them back.
 RUNNER = """
@@ -56,6 +56,7 @@ def build(
     only: list[str] | None = None,
     cache: Path | None = None,
     optimise: str = "-O1",
+    flags: tuple[str, ...] = (),
 ) -> Path:
     """Compile the kernels, some of them changed, with a driver.
 
@@ -69,6 +70,7 @@ def build(
             next to `directory`. Build the unchanged kernels first, and every mutant compiles the
             files that its change concerns, and no others.
         optimise: For the kernels; the emulator itself is always compiled with -O2.
+        flags: More flags of the compiler, for all files.
 
     Returns:
         The path of the library.
@@ -93,14 +95,14 @@ def build(
     include += [f"-fmacro-prefix-map={directory}/=", f"-fmacro-prefix-map={ROOT}/="]
 
     def compiled(source: Path, level: str, seen: list[Path]) -> Path:
-        digest = hashlib.sha256(" ".join([compiler(), level, source.name]).encode())
+        digest = hashlib.sha256(" ".join([compiler(), level, *flags, source.name]).encode())
         for path in [source, *seen]:
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         target = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}-{directory.name}.o")
-            command = [compiler(), *FLAGS, level, *include, "-x", "c++", "-c", str(source)]
+            command = [compiler(), *FLAGS, level, *flags, *include, "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", str(unfinished)], check=True)
             unfinished.replace(target)
         return target
@@ -111,7 +113,7 @@ def build(
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
     library = directory / "mutant.so"
-    link = [compiler(), "-shared", "-pthread", "-Wl,--no-undefined", *map(str, objects)]
+    link = [compiler(), "-shared", "-pthread", "-Wl,--no-undefined,-Bsymbolic", *map(str, objects)]
     subprocess.run([*link, "-o", str(library)], check=True)
     return library
 
