@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ TABLE = SOURCES / "resources.json"
 
 #: Compute capabilities. 86, 89 and 120 are the cards with 99 KiB of shared memory for a block.
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
+#: Bytes of shared memory that a block may have, at the least and at the most.
+LEAST_SHARED, MOST_SHARED = 99 * 1024, 227 * 1024
 REGISTERS = 65536  # of a multiprocessor: a block that asks for more cannot be launched
 
 
@@ -335,17 +338,62 @@ def readable(name: str) -> str:
 # ---- The table -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def variants() -> dict[str, dict[str, int]] | None:
+    """Kernel -> threads and dynamic shared bytes of a block, as the launcher would ask for them.
+
+    Told by the host part of the kernels, in the emulator's module or a build with CUDA; None where
+    neither is built.
+    """
+    for name in ("hgfast_emulator", "hgfast._C"):
+        try:
+            import torch  # noqa: F401  whose libraries the modules need
+
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if hasattr(module, "bottleneck_variants"):
+            return {row["name"]: row for row in module.bottleneck_variants()}
+    return None
+
+
+def variant_of(kernel: str) -> str | None:
+    """The launcher's name of a kernel; None for a kernel that has no dynamic shared memory.
+
+    ``bottleneck_kernel<BottleneckConfig<BFloat16, 64, false, 8, 16, 4, 2>>`` is
+    ``bottleneck<bfloat16, any, 8x16>``.
+    """
+    found = re.fullmatch(
+        r"bottleneck_kernel<BottleneckConfig<(\w+), (\d+), (true|false), (\d+), (\d+), .*>>", kernel
+    )
+    if found is None:
+        return None
+    element, chunk, single, height, width = found.groups()
+    label = chunk if single == "true" else "any"
+    return f"bottleneck<{element.lower()}, {label}, {height}x{width}>"
+
+
 def table(compiled: Iterable[Compiled]) -> dict[str, Any]:
-    """What is committed: of each kernel its threads, and registers by architecture."""
+    """What is committed: of each kernel the threads and bytes of shared memory of a block, and its
+    registers by architecture."""
     kernels: dict[str, dict[str, Any]] = {}
     for result in compiled:
         for kernel in result.kernels:
             row = kernels.setdefault(
                 kernel.name,
-                {"threads": kernel.threads, "static_shared": kernel.shared, "registers": {}},
+                {"threads": kernel.threads, "shared": _shared(kernel), "registers": {}},
             )
             row["registers"][f"sm_{result.architecture}"] = kernel.registers
     return {"nvcc": nvcc_version(), "kernels": dict(sorted(kernels.items()))}
+
+
+def _shared(kernel: Kernel) -> int | None:
+    """Bytes of a block, static and dynamic; None where nobody can tell."""
+    name = variant_of(kernel.name)
+    if name is None:
+        return kernel.shared
+    known = variants()
+    return kernel.shared + known[name]["shared_bytes"] if known else None
 
 
 def written(content: dict[str, Any]) -> str:
@@ -358,7 +406,8 @@ def written(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    if reason := missing():
+    sys.path.insert(0, str(ROOT))  # hgfast
+    if reason := missing() or (not variants() and "needs the emulator's module: make build"):
         sys.exit(reason)
     TABLE.write_text(written(table(examine_all().values())))
     print(f"wrote {TABLE.relative_to(ROOT)}")

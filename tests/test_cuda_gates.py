@@ -12,7 +12,16 @@ from pathlib import Path
 
 import cuda_gates
 import pytest
-from cuda_gates import ARCHITECTURES, REGISTERS, ROOT, SOURCES, TABLE, Compiled, Kernel
+from cuda_gates import (
+    ARCHITECTURES,
+    LEAST_SHARED,
+    MOST_SHARED,
+    REGISTERS,
+    ROOT,
+    TABLE,
+    Compiled,
+    Kernel,
+)
 
 pytestmark = pytest.mark.skipif(cuda_gates.missing() is not None, reason=str(cuda_gates.missing()))
 
@@ -114,10 +123,28 @@ def test_the_table_is_of_these_kernels(compiled: dict[tuple[str, str], Compiled]
 def test_registers_are_as_committed(compiled: dict[tuple[str, str], Compiled]) -> None:
     committed = json.loads(TABLE.read_text())
     found = cuda_gates.table(compiled.values())
+    if not cuda_gates.variants():
+        pytest.skip("needs the emulator's module, which knows the shared memory: make build")
     if committed["nvcc"] != found["nvcc"]:
         pytest.skip(f"the table is nvcc {committed['nvcc']}'s; this is {found['nvcc']}")
     assert committed == found, "if the change is meant, run `make resources` and commit the table"
     assert TABLE.read_text() == cuda_gates.written(found)
+
+
+def test_launches_fit_the_compiled_kernels(compiled: dict[tuple[str, str], Compiled]) -> None:
+    """Threads as in __launch_bounds__, and shared memory that there is on every device; only the
+    kernels for any number of channels may ask for more, and are then not chosen there."""
+    variants = cuda_gates.variants()
+    if not variants:
+        pytest.skip("needs the emulator's module, which knows the shared memory: make build")
+    kernels = {kernel.name: kernel for result in compiled.values() for kernel in result.kernels}
+    launched = {cuda_gates.variant_of(name): kernel for name, kernel in kernels.items()}
+    assert variants.keys() <= launched.keys()
+    for name, row in variants.items():
+        kernel = launched[name]
+        assert row["threads"] == kernel.threads, name
+        most = MOST_SHARED if ", any, " in name else LEAST_SHARED
+        assert kernel.shared + row["shared_bytes"] <= most, name
 
 
 def test_the_flags_are_the_builds() -> None:
@@ -189,7 +216,9 @@ def test_readable_names() -> None:
         )
         == "k<C<BFloat16, 64, true>, E(1)>"
     )
-    assert SOURCES.is_dir()
+    kernel = "bottleneck_kernel<BottleneckConfig<Float16, 64, false, 4, 8, 2, 2>>"
+    assert cuda_gates.variant_of(kernel) == "bottleneck<float16, any, 4x8>"
+    assert cuda_gates.variant_of("upsample_add_kernel<Float16>") is None
 
 
 def test_flags_of_a_command() -> None:

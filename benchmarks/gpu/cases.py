@@ -370,8 +370,7 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_networks("dtypes", (first, one), (first, large))
     of_ops("compile", fused, (large, one), sizes.levels[:1])
     of_networks("main", *((stacks, batch) for batch in other_batches for stacks in sizes.stacks))
-    of_ops("main", (*fused, "conv 1x1"), tuple(other_batches), sizes.levels)
-    of_ops("main", ("conv 1x1",), (large, one), sizes.levels)
+    of_ops("main", fused, tuple(other_batches), sizes.levels)
     of_networks("dtypes", *((stacks, batch) for stacks in others for batch in (one, large)))
     of_ops("dtypes", fused, (large, one), sizes.levels)
     of_ops("autotune", fused[:1], (large, one), sizes.levels[:1])
@@ -379,4 +378,5 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_networks("autotune", (first, large))
     of_ops("compile", fused, sizes.batches, sizes.levels[1:])
     of_networks("autotune", *((stacks, batch) for stacks in others for batch in (one, large)))
+    of_ops("main", ("conv 1x1",), sizes.batches, sizes.levels)  # cuDNN's, with our kernels around
     return list(dict.fromkeys(found))

@@ -9,6 +9,7 @@ behind the item that failed. Exit status 3 means that the device answers no more
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import time
@@ -146,9 +147,9 @@ class Measurer:
                         made.times.setdefault(way, []).append(self._block(made, way))
         for made in ready:
             with made.candidate.settings():
-                error = relative_error(made.call(), expected)
-            if not error <= 2 * made.error + 1e-6:  # what was right before may be overwritten since
-                reason = f"relative error {made.error:.1e} before and {error:.1e} after timing"
+                after = relative_error(made.call(), expected)
+            if not after <= 2 * made.error + 1e-6:  # what was right before may be overwritten since
+                reason = f"relative error {made.error:.1e} before and {after:.1e} after timing"
                 self._record(item, made, "wrong result", reason=reason)
             else:
                 self._record(item, made, "ok")
@@ -227,6 +228,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
 
+    parent = os.getppid()
     journal = Journal(args.journal, args.identity)
     if args.rehearse:
         torch.set_num_threads(1)  # of a machine that others use, most likely
@@ -243,8 +245,8 @@ def main() -> int:
     ]
     journal.add("plan", args.only or "everything", "ok", names=[item.name for item in chosen])
     for item in left_to_do(journal, chosen, args.skip):
-        if time.time() >= args.deadline:  # the report knows what was planned
-            break
+        if time.time() >= args.deadline or os.getppid() != parent:
+            break  # no time left, or nobody to measure for; the report knows what was planned
         journal.add("item", item.name, "begun", limit=item.limit)
         torch.compiler.reset()  # or its cache of one item counts against the next
         if not args.rehearse:

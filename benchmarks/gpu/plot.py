@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.journal import Record
-from benchmarks.gpu.report import OURS
+from benchmarks.gpu.report import OURS, ratio
 
 #: What is drawn, with colour and marker. What else was measured is in the table.
 OPS = {
@@ -50,7 +50,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         title += ": no statement about speed"
     figure.suptitle(f"{title}, {found['name'][-10:]}", fontsize=13)
     _draw_ops(left, ops)
-    _draw_networks(right, networks)
+    _draw_networks(right, networks, list(filter(_network, found["measurements"])))
+    figure.legend(loc="outside lower left", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -87,27 +88,24 @@ def _draw_ops(axes: Any, groups: dict[str, dict[str, Record]]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel("percent of the floor (right is better)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=3, fontsize=9, frameon=False)
+    axes.set_xlabel("least possible time / time, percent (right is better)")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_networks(axes: Any, groups: dict[str, dict[str, Record]]) -> None:
+def _draw_networks(axes: Any, groups: dict[str, dict[str, Record]], rows: list[Record]) -> None:
     axes.set_title("Networks: time of a call, back to back", fontsize=11)
     ticks, labels, y = [], [], 0.0
     for name, group in groups.items():
         ticks.append(y)
         labels.append(name)
         y += 1
-        ours = group.get(OURS)
         for m in _drawn(group.values(), NETWORKS):
             label, colour = NETWORKS[m["candidate"]]
             milliseconds = 1e3 * m["seconds"]["stream"]["median"]
             axes.barh(y, milliseconds, height=0.8, color=colour)
             text = f" {milliseconds:.3g} ms"
-            if ours is not None and m is not ours:
-                factor = m["seconds"]["stream"]["median"] / ours["seconds"]["stream"]["median"]
-                text += f" ({factor:.2f}x)"
+            if m["candidate"] != OURS and (factor := ratio(m, rows, "stream")):
+                text += f" ({factor}x)"
             axes.text(milliseconds, y, text, va="center", fontsize=8)
             ticks.append(y)
             labels.append(label)

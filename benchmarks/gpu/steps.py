@@ -152,8 +152,11 @@ def tests(work: Path, rehearse: bool) -> list[Test]:
     ):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *script]
         found.append(Test(tool, command, 180, None, (verdict, "done"), environment))
+    # What has been told already, what needs no GPU and takes long.
+    others = ["--ignore=tests/gpu", "--ignore=tests/test_gpu_run.py"]
+    others += ["--ignore=tests/test_cuda_gates.py"]
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    found.append(suite("the rest of tests", "tests", "--ignore=tests/gpu", *workers, limit=180))
+    found.append(suite("the rest of tests", "tests", *others, *workers, limit=180))
     return found
 
 

@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_checks import Weights, native
-from torch import Tensor
+import torch.nn.functional as F
+from networks import randomise
+from op_checks import Weights, native, upsample_add_reference
+from torch import Tensor, nn
 
 from hgfast import _native
+from hgfast.models import hourglass
 
 REQUIRED = os.environ.get("HGFAST_GPU_REQUIRED") == "1"
 REHEARSAL = os.environ.get("HGFAST_GPU_REHEARSAL") == "1"
@@ -77,6 +80,28 @@ def poison(*shape: int, dtype: torch.dtype) -> None:
     """Leave NaNs in the memory that the next tensor of this size will probably get, so that an
     element that a kernel forgets to write is seen."""
     torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+
+
+def small_network() -> nn.Module:
+    """A hourglass in miniature, every block of which the kernels take; inputs (B, 3, 16n, 16m)."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=2, features=64, depth=2, joints=5)
+    return randomise(model).eval().to(DEVICE)
+
+
+def block_reference(
+    x: Tensor, w: Weights, low: Tensor | None = None, *, pool: bool = False, relu: bool = False
+) -> Tensor:
+    """A residual block with everything that the kernel can do on the way (kernels.h)."""
+    x = torch.max_pool2d(x, 2) if pool else x
+    t = x
+    if "scale" in w:
+        t = torch.relu(x * w["scale"][:, None, None] + w["shift"][:, None, None])
+    t = torch.relu(F.conv2d(t, w["w1"], w["b1"]))
+    t = torch.relu(F.conv2d(t, w["w2"], w["b2"], padding=1))
+    y = F.conv2d(t, w["w3"], w["b3"]) + (F.conv2d(x, w["wp"], w["bp"]) if "wp" in w else x)
+    y = torch.relu(y) if relu else y
+    return y if low is None else upsample_add_reference(low, y)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every op once on small shapes, for a checker of memory accesses and races to watch:
+"""Every kernel on small shapes, for a checker of memory accesses and races to watch:
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
 
@@ -21,8 +21,7 @@ from op_checks import (  # noqa: E402
     bottleneck_reference,
     bottleneck_weights,
     cast,
-    conv_reference,
-    conv_weights,
+    native,
     random_map,
     upsample_add_reference,
 )
@@ -69,20 +68,36 @@ def bottlenecks(dtype: torch.dtype) -> None:
                 compare(f"bottleneck {middle} {tuple(x.shape)}", y, reference)
 
 
+def pooled(dtype: torch.dtype) -> None:
+    """The prologue and the epilogue that no op has."""
+    if not hasattr(native, "CudaBottleneck"):  # a rehearsal
+        return
+    for middle in (32, 64, 128, 160):
+        w = bottleneck_weights(32, middle, 32)
+        x = random_map(2, 32, 13, 18, dtype=dtype, layout="channels_last")
+        names = ("scale", "shift", "w1", "b1", "w2", "b2", "w3", "b3")
+        block = native.CudaBottleneck(dtype, *(moved(w)[name] for name in names), relu=True)
+        y = block.run(x.to(DEVICE), None, True)
+        small = torch.max_pool2d(x.double(), 2)
+        reference = torch.relu(bottleneck_reference(small, cast(w, torch.float64)))
+        compare(f"pooled bottleneck {middle}", y, reference)
+
+
 def others(dtype: torch.dtype) -> None:
     low = random_map(2, 24, 3, 5, dtype=dtype, layout="channels_last")
     skip = random_map(2, 24, 6, 10, dtype=dtype, layout="channels_last", seed=2)
     y = ops.upsample_add(low.to(DEVICE), skip.to(DEVICE))
     compare("upsample_add", y, upsample_add_reference(low.double(), skip.double()))
-    w = conv_weights(24, 16, (3, 3), norm=True)
-    y = ops.conv(skip.to(DEVICE), **moved(w), padding=1, relu=True)
-    reference = conv_reference(skip.double(), cast(w, torch.float64), 1, 1, relu=True)
-    compare("conv", y, reference)
+    maps = [low, random_map(2, 24, 6, 10, dtype=dtype, layout="channels_last", seed=3)]
+    y = ops.upsample_add([m.to(DEVICE) for m in maps], skip.to(DEVICE), relu=True)
+    total = upsample_add_reference(low.double(), skip.double()) + maps[1].double()
+    compare("upsample_add of maps", y, torch.relu(total))
 
 
 def main() -> None:
     for dtype in DTYPES:
         bottlenecks(dtype)
+        pooled(dtype)
         others(dtype)
     if not REHEARSAL:
         torch.cuda.synchronize()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from gpu_checks import (
     DTYPES,
+    REHEARSAL,
     assert_half,
+    block_reference,
     map_of,
     moved,
     multiprocessors,
@@ -24,6 +26,7 @@ from op_checks import (
     conv_reference,
     conv_weights,
     is_channels_last,
+    native,
     upsample_add_reference,
 )
 from torch import Tensor
@@ -85,19 +88,80 @@ def test_bottleneck_of_any_shape(
     check_bottleneck(x, w, half)
 
 
-@EXAMPLES
-@given(
-    channels=st.integers(1, 40),
-    middle=st.integers(1, 40),
-    out=st.integers(1, 40),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_bottleneck_of_any_channels(
-    channels: int, middle: int, out: int, dtype: torch.dtype
+@pytest.mark.parametrize("channels", [(24, 16, 32), (16, 24, 16), (32, 16, 40), (3, 16, 16)])
+def test_channels_without_a_kernel(channels: tuple[int, int, int]) -> None:
+    """The op says what it takes; a network runs such a block eagerly."""
+    w = moved(bottleneck_weights(*channels))
+    x = map_of(2, channels[0], 5, 9, dtype=DTYPES[0])
+    if REHEARSAL:  # the CPU takes them all
+        check_bottleneck(x, w)
+    else:
+        with pytest.raises(ValueError, match="multiples of 16"):
+            ops.bottleneck(x, **w)
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the CPU takes float32")
+def test_float32_is_refused() -> None:
+    w = moved(bottleneck_weights(32, 16, 32))
+    with pytest.raises(ValueError, match="in bfloat16 or float16"):
+        ops.bottleneck(map_of(1, 32, 4, 4, dtype=torch.float32), **w)
+
+
+@pytest.mark.skipif(REHEARSAL, reason="the CPU has other kernels")
+def test_every_variant_runs() -> None:
+    """The kernel's tile depends on whether the device can be filled, its chunk on the middle."""
+    ran = set()
+    for dtype in DTYPES:
+        for middle in (16, 32, 48, 64, 96, 128, 160, 256):
+            w = moved(bottleneck_weights(32, middle, 32))
+            for batch in (1, multiprocessors()):
+                check_bottleneck(map_of(batch, 32, 9, 17, dtype=dtype), w)
+                ran.add(native.last_path())
+    assert ran == {f"cuda/{row['name']}" for row in native.bottleneck_variants()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("middle", [32, 64, 128, 160])
+@pytest.mark.parametrize("norm", [False, True], ids=["bare", "norm"])
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("pool", [False, True], ids=["all", "pooled"])
+@pytest.mark.parametrize("project", [False, True], ids=["identity", "projected"])
+@pytest.mark.parametrize("low", [False, True], ids=["alone", "low"])
+def test_every_fusion_of_the_bottleneck(
+    dtype: torch.dtype,
+    middle: int,
+    norm: bool,
+    relu: bool,
+    pool: bool,
+    project: bool,
+    low: bool,
 ) -> None:
-    """Also where the kernels' multiples do not fit: whatever runs then has to be right."""
-    w = moved(bottleneck_weights(channels, middle, out))
-    check_bottleneck(map_of(2, channels, 5, 9, dtype=dtype), w)
+    """What an executor asks of the kernel beyond the op. A rehearsal has the emulated kernels."""
+    module = native
+    if REHEARSAL:
+        reason = "needs the emulator's module: make build"
+        module = pytest.importorskip("hgfast_emulator", reason=reason)
+        if middle > 64:
+            pytest.skip("a rehearsal tries the smaller blocks")
+    w = moved(bottleneck_weights(32, middle, 48 if project else 32, seed=middle))
+    if not norm:
+        del w["scale"], w["shift"]
+    height, width = (6, 10) if low else (7, 9)
+    x = map_of(2, 32, *((2 * height + 1, 2 * width) if pool else (height, width)), dtype=dtype)
+    out = len(w["b3"])
+    half = map_of(2, out, height // 2, width // 2, dtype=dtype, seed=2) if low else None
+    block = module.CudaBottleneck(dtype, w.get("scale"), w.get("shift"), *packed(w), relu=relu)
+    poison(2, out, height, width, dtype=dtype)
+    y = block.run(x, half, pool)
+    assert is_channels_last(y)
+    eager = block_reference(x, cast(w, dtype), half, pool=pool, relu=relu)
+    exact = None if half is None else half.double()
+    judge = block_reference(x.double(), cast(w, torch.float64), exact, pool=pool, relu=relu)
+    assert_half(y, eager, judge)
+
+
+def packed(w: Weights) -> list[Tensor | None]:
+    return [w.get(name) for name in ("w1", "b1", "w2", "b2", "w3", "b3", "wp", "bp")]
 
 
 @each_dtype
@@ -105,10 +169,9 @@ def test_bottleneck_of_any_channels(
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("many", [False, True], ids=["few blocks", "many blocks"])
 @pytest.mark.parametrize("middle", [16, 32, 48, 64, 96, 128, 160, 256])
-def test_every_variant_of_the_bottleneck(
+def test_both_tiles_of_the_bottleneck(
     middle: int, many: bool, low: bool, project: bool, dtype: torch.dtype
 ) -> None:
-    """The kernel's tile depends on whether the device can be filled, its chunk on the middle."""
     batch = multiprocessors() // some(4, 1) + 1 if many else 1
     height, width = (26, 34) if many else (10, 14)  # no multiples of a tile
     channels = 2 * middle
@@ -212,7 +275,7 @@ def test_conv(
 @EXAMPLES
 @given(
     batch=st.integers(0, 3),
-    channels=st.sampled_from([1, 8, 16, 17, 40, 256]),
+    channels=st.sampled_from([8, 16, 24, 40, 256]),
     height=st.integers(1, 9),
     width=st.integers(1, 19),
     dtype=st.sampled_from(DTYPES),
@@ -227,6 +290,43 @@ def test_upsample_add(
     y = ops.upsample_add(low, skip)
     assert is_channels_last(y)
     assert torch.equal(y, upsample_add_reference(low, skip))
+
+
+@EXAMPLES
+@given(
+    batch=st.integers(0, 2),
+    channels=st.sampled_from([8, 16, 24, 40]),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 5),
+    shifts=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    relu=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_upsample_add_of_several_maps(
+    batch: int,
+    channels: int,
+    rows: int,
+    columns: int,
+    shifts: list[int],
+    relu: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Sums in float32 and in the given order, rounded once."""
+    height, width = 8 * rows, 8 * columns
+    skip = map_of(batch, channels, height, width, dtype=dtype)
+    lows = [
+        map_of(batch, channels, height >> shift, width >> shift, dtype=dtype, seed=2 + i)
+        for i, shift in enumerate(shifts)
+    ]
+    poison(*skip.shape, dtype=dtype)
+    y = ops.upsample_add(lows, skip, relu=relu)
+    expected = skip.float()
+    for low, shift in zip(lows, shifts, strict=True):
+        n = 1 << shift
+        expected = expected + low.float().repeat_interleave(n, 2).repeat_interleave(n, 3)
+    expected = torch.relu(expected) if relu else expected
+    assert is_channels_last(y)
+    assert torch.equal(y, expected.to(dtype))
 
 
 @each_dtype

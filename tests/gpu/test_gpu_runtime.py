@@ -15,10 +15,10 @@ from gpu_checks import (
     moved,
     require_device,
     same_bits,
+    small_network,
     some,
     synchronise,
 )
-from networks import small_hourglass
 from op_checks import bottleneck_weights, conv_weights
 from torch import Tensor
 
@@ -35,7 +35,7 @@ each_op = pytest.mark.parametrize("name", OPS)
 def call_of(name: str, x: Tensor) -> Callable[[], Tensor]:
     """An op, or a network, of a map (batch, 64, 20, 28) that may change between calls."""
     if name == "network":
-        fast = hgfast.optimize(small_hourglass().to(DEVICE, DTYPE), "medium", strict=True)
+        fast = hgfast.optimize(small_network().to(DTYPE), "medium", strict=True)
         return lambda: fast(x[:, :3, :16, :16])[-1]
     if name == "conv":
         w = moved(conv_weights(64, 32, (3, 3), norm=True))

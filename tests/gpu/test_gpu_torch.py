@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import (
-    DEVICE,
     DTYPES,
     REHEARSAL,
     map_of,
     moved,
     require_device,
+    small_network,
 )
-from networks import small_hourglass
 from op_checks import bottleneck_weights, conv_weights
 from torch import Tensor
 
@@ -77,7 +76,7 @@ def test_compiles_whole(dtype: torch.dtype, settings: dict[str, Any]) -> None:
 
 def test_an_optimised_network_compiles() -> None:
     """While torch.compile records, a region is its eager forward."""
-    model = small_hourglass().to(DEVICE, DTYPES[0])
+    model = small_network().to(DTYPES[0])
     fast = hgfast.optimize(model, "medium", strict=True)
     x = map_of(1, 3, 64, 64, dtype=DTYPES[0], channels_last=False)
     torch.compiler.reset()
