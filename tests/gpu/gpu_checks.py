@@ -66,6 +66,21 @@ def multiprocessors() -> int:
     return 2 if REHEARSAL else torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
 
+def shared_limit() -> int:
+    """Bytes of shared memory that a block may have."""
+    limit: int = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+    return limit
+
+
+def obstacle(channels: int, middle: int, out: int, project: bool) -> str:
+    """Why this device takes no such block, in words; "" if it does. On cards with less shared
+    memory that is so for the widest."""
+    if REHEARSAL:
+        return ""
+    reason: str = native.CudaBottleneck.obstacle(channels, middle, out, project, shared_limit())
+    return reason
+
+
 def moved(weights: Weights) -> Weights:
     return {name: t.to(DEVICE) for name, t in weights.items()}
 

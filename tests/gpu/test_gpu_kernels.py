@@ -12,11 +12,13 @@ from gpu_checks import (
     map_of,
     moved,
     multiprocessors,
+    obstacle,
     poison,
     require_device,
+    shared_limit,
     some,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from op_checks import (
     Weights,
@@ -85,6 +87,7 @@ def test_bottleneck_of_any_shape(
     w = moved(bottleneck_weights(channels, middle, out))
     x = map_of(batch, channels, height, width, dtype=dtype, channels_last=channels_last)
     half = map_of(batch, out, height // 2, width // 2, dtype=dtype, seed=2) if low else None
+    assume(not obstacle(channels, middle, out, "wp" in w))
     check_bottleneck(x, w, half)
 
 
@@ -115,9 +118,13 @@ def test_every_variant_runs() -> None:
         for middle in (16, 32, 48, 64, 96, 128, 160, 256):
             w = moved(bottleneck_weights(32, middle, 32))
             for batch in (1, multiprocessors()):
+                if obstacle(32, middle, 32, False):
+                    continue
                 check_bottleneck(map_of(batch, 32, 9, 17, dtype=dtype), w)
                 ran.add(native.last_path())
-    assert ran == {f"cuda/{row['name']}" for row in native.bottleneck_variants()}
+    variants = {f"cuda/{row['name']}": row["shared_bytes"] for row in native.bottleneck_variants()}
+    assert ran <= variants.keys()
+    assert ran >= {name for name, needed in variants.items() if needed <= shared_limit()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -143,6 +150,8 @@ def test_every_fusion_of_the_bottleneck(
         module = pytest.importorskip("hgfast_emulator", reason=reason)
         if middle > 64:
             pytest.skip("a rehearsal tries the smaller blocks")
+    if reason := obstacle(32, middle, 48 if project else 32, project):
+        pytest.skip(reason)
     w = moved(bottleneck_weights(32, middle, 48 if project else 32, seed=middle))
     if not norm:
         del w["scale"], w["shift"]
@@ -172,6 +181,8 @@ def packed(w: Weights) -> list[Tensor | None]:
 def test_both_tiles_of_the_bottleneck(
     middle: int, many: bool, low: bool, project: bool, dtype: torch.dtype
 ) -> None:
+    if reason := obstacle(2 * middle, middle, 2 * middle, project):
+        pytest.skip(reason)
     batch = multiprocessors() // some(4, 1) + 1 if many else 1
     height, width = (26, 34) if many else (10, 14)  # no multiples of a tile
     channels = 2 * middle
