@@ -176,8 +176,8 @@ Tensor CudaBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool
   return y;
 }
 
-std::string CudaBottleneck::obstacle(int64_t in, int64_t middle, int64_t out, bool project,
-                                     int64_t shared_bytes) {
+std::string CudaBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,
+                                     int64_t out, bool project) {
   if (in % 16 || middle % 16 || out % 16)
     return c10::str("its channels (", in, ", ", middle, ", ", out, ") are not multiples of 16");
   cuda::BottleneckParams p{};
@@ -186,8 +186,11 @@ std::string CudaBottleneck::obstacle(int64_t in, int64_t middle, int64_t out, bo
   p.middle = static_cast<int>(middle);
   p.out = static_cast<int>(out);
   p.project = project;
+  const c10::OptionalDeviceGuard guard(device);
+  int shared_bytes = 0;
+  check_launched("bottleneck", cuda::shared_memory_of_a_block(shared_bytes));
   cuda::BottleneckVariant variant{};
-  if (cuda::choose_bottleneck(p, 1, static_cast<int>(shared_bytes), variant)) return "";
+  if (cuda::choose_bottleneck(p, 1, shared_bytes, variant)) return "";
   return c10::str("its ", middle, " middle channels need ", variant.shared_bytes,
                   " bytes of shared memory, and this GPU has ", shared_bytes);
 }

@@ -41,10 +41,9 @@ class CudaBottleneck {
   // channels_last.
   at::Tensor run(const at::Tensor& x, const OptionalTensor& low, bool pool) const;
 
-  // Why no kernel takes a block of these channels on a device with so much shared memory for one
-  // of its blocks, in words; "" if one does.
-  static std::string obstacle(int64_t in, int64_t middle, int64_t out, bool project,
-                              int64_t shared_bytes);
+  // Why no kernel takes a block of these channels on this device, in words; "" if one does.
+  static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,
+                              bool project);
 
  private:
   std::string where_;

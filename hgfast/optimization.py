@@ -17,14 +17,13 @@ from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.region import DISABLE, Notices, Region, regions_of
 from hgfast.reporting import Skipped
-from hgfast.runtime import cpu
 from hgfast.trace import TraceError
 
 PRECISIONS = ("highest", "high", "medium")
 
 #: A region whose relative L2 difference from eager on the example exceeds this is not swapped
 #: in. Wide on purpose: it catches a wrong structure; ``hgfast.verify`` judges accuracy.
-_PLAUSIBLE = {"float32": 1e-4, "bfloat16": 1e-1}
+_PLAUSIBLE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-1}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -213,18 +212,16 @@ def _find_regions(
             for child_name, child in module.named_children():
                 visit(child, f"{name}.{child_name}" if name else child_name)
             return
-        weights = tensors_of(module)
-        reason = cpu.unsupported({key: weights[key] for key in plan.weights})
-        if reason:
-            optimization.skipped.append(Skipped(name, reason))
-            return
         region = Region(module, name, plan, optimization.precision, optimization.notices)
         try:
-            region.pack()
+            reason = region.pack().reason
         except (ValueError, RuntimeError) as error:
             optimization.skipped.append(Skipped(name, f"it could not be packed ({error})"))
         else:
-            regions.append(region)
+            if reason:
+                optimization.skipped.append(Skipped(name, reason))
+            else:
+                regions.append(region)
 
     visit(model, "")
     return regions

@@ -25,9 +25,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hgfast import _native
 from hgfast._warnings import HgfastWarning
-from hgfast.plan import Plan, fill_outputs
+from hgfast.plan import Plan, Step, fill_outputs
 from hgfast.recognition import recognise, tensors_of
-from hgfast.runtime import cpu
+from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import TraceError
 
 DISABLE = "HGFAST_DISABLE"
@@ -62,9 +62,10 @@ class _State:
 
     plan: Plan
     watch: Any
-    executor: cpu.CpuExecutor | None
+    executor: Executor | None
     reason: str | None  # why there is no executor
     dtype: torch.dtype | None
+    device: torch.device | None
 
 
 class Region:
@@ -113,12 +114,12 @@ class Region:
             native = _native.load()
             weights = tensors_of(self.module)
             used = {name: weights[name] for name in self.plan.weights}
-            reason = cpu.unsupported(used)
             # The snapshot comes first: what changes while packing is noticed at the next call.
             watch = native.Watch(_watched(self.module)) if native else None
-            executor = None if reason else cpu.CpuExecutor(self.plan, used, self.precision)
-            dtype = next(iter(used.values())).dtype
-            self._state = _State(self.plan, watch, executor, reason, dtype)
+            chosen = choose(self.plan, used, self.precision)
+            executor, reason = (None, chosen) if isinstance(chosen, str) else (chosen, None)
+            first = next(iter(used.values()))
+            self._state = _State(self.plan, watch, executor, reason, first.dtype, first.device)
             return self._state
 
     def recognise(self) -> _State:
@@ -127,7 +128,10 @@ class Region:
             shapes, weights = self.plan.input_shapes, next(self.module.parameters(), None)
             example = None
             if shapes is not None and weights is not None:
-                example = tuple(torch.zeros(shape, dtype=weights.dtype) for shape in shapes)
+                example = tuple(
+                    torch.zeros(shape, dtype=weights.dtype, device=weights.device)
+                    for shape in shapes
+                )
             try:
                 self.plan = recognise(self.module, example)
                 self._is_current = True
@@ -137,7 +141,7 @@ class Region:
                 native = _native.load()
                 watch = native.Watch(_watched(self.module)) if native else None
                 reason = f"since it was changed or copied, {error}"
-                self._state = _State(self.plan, watch, None, reason, None)
+                self._state = _State(self.plan, watch, None, reason, None, None)
                 return self._state
 
     @property
@@ -145,6 +149,12 @@ class Region:
         """What runs the Plan, in a few words."""
         executor = self._up_to_date()[0].executor
         return executor.backend if executor else "eager"
+
+    def paths(self) -> list[tuple[Step, str]]:
+        """Every step, and what runs it, in a few words."""
+        state = self._up_to_date()[0]
+        executor = state.executor
+        return [(s, executor.path(s) if executor else "eager") for s in state.plan.steps]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -185,6 +195,8 @@ class Region:
         """The state that fits the module as it is now, and why eager must run, if it must."""
         state = self._state or self.pack()
         finding = self._finding(state)
+        if finding in ("structure", "weights") and _is_capturing(state.device):
+            return state, "its weights changed since they were packed, and a CUDA graph is captured"
         if finding == "structure":
             state = self.recognise()
             finding = self._finding(state)
@@ -203,7 +215,7 @@ class Region:
         """Why this call cannot take the fast path, as far as the call itself tells."""
         if os.environ.get(DISABLE, "0") not in ("", "0"):
             return f"{DISABLE} is set"
-        if torch.is_autocast_enabled("cpu"):
+        if state.device is not None and torch.is_autocast_enabled(state.device.type):
             return "autocast is enabled"
         if (
             torch._C._len_torch_dispatch_stack()
@@ -225,14 +237,19 @@ class Region:
                 return "an input is a lazy view"
             if x.dtype is not state.dtype:
                 return f"an input is {x.dtype} and its weights are {state.dtype}"
-            if not x.is_cpu:
-                return f"an input is on {x.device}"
+            if x.device != state.device:
+                return f"an input is on {x.device} and its weights are on {state.device}"
             if x.requires_grad and torch.is_grad_enabled():
                 return "gradients are enabled and an input requires them"
         expected = state.plan.input_shapes
         if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
         return None
+
+
+def _is_capturing(device: torch.device | None) -> bool:
+    """Whether a CUDA graph records this thread: packing weights now would become a part of it."""
+    return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:

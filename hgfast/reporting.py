@@ -85,8 +85,8 @@ def report(fast: nn.Module) -> Report:
     for region in regions_of(fast):
         prefix = f"{region.name}." if region.name else ""
         replaced += [
-            Replaced(f"{prefix}{step.name}".rstrip("."), step.title, region.backend, region.name)
-            for step in region.plan.steps
+            Replaced(f"{prefix}{step.name}".rstrip("."), step.title, path, region.name)
+            for step, path in region.paths()
             if step.kind not in ("max_pool", "add")
         ]
     return Report(

@@ -212,14 +212,17 @@ W = bottleneck_weights(16, 8, 24)
         ({"w1": torch.ones(8, 16)}, r"expected w1 of shape \(middle, in, 1, 1\).*given \[8, 16\]"),
         ({"w2": torch.ones(8, 8, 1, 1)}, r"expected w2 of shape \[8, 8, 3, 3\], given \[8, 8, 1"),
         ({"w3": torch.ones(24, 9, 1, 1)}, r"expected w3 of shape \[24, 8, 1, 1\], given \[24, 9"),
-        ({"w3": torch.ones(24, 8, 1, 1).half()}, r"expected w3 in float32 or bfloat16.*Half"),
+        ({"w3": torch.ones(24, 8, 1, 1).double()}, r"expected w3 in float32, bfloat16.*Double"),
         ({"b3": torch.ones(23)}, r"expected b3 of shape \[24\], given \[23\]"),
         ({"wp": None, "bp": None}, r"expected a projection .* given none for 16 -> 24"),
         ({"bp": None}, r"expected both wp and bp or neither, given only wp"),
         ({"wp": torch.ones(16, 24, 1, 1)}, r"expected wp of shape \[24, 16, 1, 1\], given \[16"),
         ({"low": torch.zeros(1, 24, 4, 4)}, r"low of shape \[1, 24, 2, 2\], given \[1, 24, 4, 4\]"),
         ({"low": torch.zeros(1, 24, 2, 2).bfloat16()}, r"expected low in Float.*given BFloat16"),
-        ({"x": torch.zeros(1, 16, 5, 4), "low": torch.zeros(1, 24, 2, 2)}, r"even height and"),
+        (
+            {"x": torch.zeros(1, 16, 5, 4), "low": torch.zeros(1, 24, 2, 2)},
+            r"height and width.*multiples of 2",
+        ),
     ],
 )
 def test_wrong_arguments(change: dict[str, Tensor | None], message: str) -> None:

@@ -178,7 +178,10 @@ W = conv_weights(3, 4, (3, 3), norm=True)
         ({"x": X.double()}, r"expected x in float32 or bfloat16, given Double"),
         ({"weight": torch.zeros(4, 3, 3)}, r"weight of shape \(out, in,.*given \[4, 3, 3\]"),
         ({"weight": torch.zeros(0, 3, 3, 3)}, r"weight that is not empty, given \[0, 3, 3, 3\]"),
-        ({"weight": W["weight"].double()}, r"expected weight in float32 or bfloat16.*Double"),
+        (
+            {"weight": W["weight"].double()},
+            r"expected weight in float32, bfloat16 or float16.*Double",
+        ),
         ({"bias": torch.zeros(5)}, r"expected bias of shape \[4\], given \[5\]"),
         ({"scale": None}, r"both scale and shift or neither, given only shift"),
         ({"shift": torch.zeros(4)}, r"expected shift of shape \[3\], given \[4\]"),

@@ -71,7 +71,11 @@ def test_nan_stays_where_it_belongs() -> None:
     ("low", "skip", "message"),
     [
         (torch.zeros(1, 3, 2, 2), torch.zeros(3, 4, 4), r"skip of shape \(batch,.*\[3, 4, 4\]"),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 5, 4), r"even height and.*\[1, 3, 5, 4\]"),
+        (
+            torch.zeros(1, 3, 2, 2),
+            torch.zeros(1, 3, 5, 4),
+            r"multiples of 2 to add.*\[1, 3, 5, 4\]",
+        ),
         (torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), r"low of shape \[1, 3, 2, 2\], given"),
         (torch.zeros(2, 3, 2, 2), torch.zeros(1, 3, 4, 4), r"low of shape \[1, 3, 2, 2\], given"),
         (torch.zeros(1, 3, 2, 2).bfloat16(), torch.zeros(1, 3, 4, 4), r"expected low in Float"),

@@ -97,6 +97,13 @@ BottleneckTape bottleneck_tape(int in, int middle, int out) {
   return {chunk, padded(in, kSliceColumns), padded(middle, chunk), padded(out, chunk)};
 }
 
+cudaError_t shared_memory_of_a_block(int& bytes) {
+  Device device{};
+  const auto error = current_device(device);
+  bytes = device.shared_bytes;
+  return error;
+}
+
 bool choose_bottleneck(const BottleneckParams& p, int multiprocessors, int shared_limit,
                        BottleneckVariant& variant) {
   return choose(p, multiprocessors, shared_limit, variant) != nullptr;

@@ -67,6 +67,9 @@ struct BottleneckTape {
 };
 BottleneckTape bottleneck_tape(int in, int middle, int out);
 
+// What a block of threads may have of shared memory on the current device.
+cudaError_t shared_memory_of_a_block(int& bytes);
+
 // One way to run a block: an instance of the kernel.
 struct BottleneckVariant {
   const char* name;  // "bottleneck<bfloat16, 128, 8x16>": element, chunk, tile

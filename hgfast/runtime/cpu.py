@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hgfast import _native
 from hgfast.plan import Bottleneck, Conv, Plan, Step, output_values
-from hgfast.runtime.folding import fold, prologue
+from hgfast.runtime.folding import bottleneck_weights, conv_weights
 
 #: dtype of the arithmetic's operands for a float32 model, by precision. Sums are float32.
 #: "high" has no kernel of its own yet and runs as "highest".
 ELEMENTS = {"highest": "float32", "high": "float32", "medium": "bfloat16"}
 
 
-def unsupported(weights: Mapping[str, Tensor]) -> str | None:
-    """Why this executor cannot take a model with these weights, in words; None if it can."""
+def unsupported(dtype: torch.dtype) -> str | None:
+    """Why this executor cannot take a model of this dtype, in words; None if it can."""
     if _native.load() is None:
         return _native.reason
-    devices = {tensor.device.type for tensor in weights.values()}
-    if devices != {"cpu"}:
-        return (
-            f"its weights are on {' and '.join(sorted(devices))}; there are kernels for cpu so far"
-        )
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) > 1:
-        return f"its weights mix dtypes ({', '.join(sorted(map(str, dtypes)))})"
-    if not dtypes <= {torch.float32, torch.bfloat16}:
-        return f"its weights are {dtypes.pop()}; the kernels take torch.float32 and torch.bfloat16"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights are {dtype}; the kernels take torch.float32 and torch.bfloat16"
     return None
 
 
@@ -65,6 +56,10 @@ class CpuExecutor:
         """
         return dict(zip(self._outputs, self._packed.run(inputs), strict=True))
 
+    def path(self, step: Step) -> str:
+        """What runs one step: the same for all."""
+        return self.backend
+
     def _pack(self, step: Step, weights: Mapping[str, Tensor]) -> None:
         x, extra = step.inputs[0], step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
@@ -79,21 +74,3 @@ class CpuExecutor:
             self._packed.max_pool(x, step.output)
         else:  # upsample_add(low, skip), add(a, b)
             getattr(self._packed, step.kind)(x, extra, step.output)
-
-
-def bottleneck_weights(step: Bottleneck, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """scale, shift, w1, b1, w2, b2, w3, b3, wp, bp as the bottleneck op takes them."""
-    _, norm2, norm3 = step.norms
-    conv1, conv2, conv3 = step.convs
-    return (
-        *prologue(step.norms[0], weights),
-        *fold(conv1, norm2, weights),
-        *fold(conv2, norm3, weights),
-        *fold(conv3, None, weights),
-        *(fold(step.project, None, weights) if step.project else (None, None)),
-    )
-
-
-def conv_weights(step: Conv, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """weight, bias, scale, shift as the conv op takes them."""
-    return *fold(step.conv, step.norm_after, weights), *prologue(step.norm_before, weights)

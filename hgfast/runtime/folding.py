@@ -11,11 +11,12 @@ Folding happens in float64 and is rounded once, so that a tiny variance costs no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hgfast.plan import Convolution, Norm
+from hgfast.plan import Bottleneck, Conv, Convolution, Norm
 
 Weights = Mapping[str, Tensor]
 
@@ -49,3 +50,21 @@ def fold(conv: Convolution, norm: Norm | None, weights: Weights) -> tuple[Tensor
         weight = weight * scale[:, None, None, None]
         bias = bias * scale + shift
     return weight.float(), bias.float()
+
+
+def bottleneck_weights(step: Bottleneck, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """scale, shift, w1, b1, w2, b2, w3, b3, wp, bp as the bottleneck op takes them."""
+    _, norm2, norm3 = step.norms
+    conv1, conv2, conv3 = step.convs
+    return (
+        *prologue(step.norms[0], weights),
+        *fold(conv1, norm2, weights),
+        *fold(conv2, norm3, weights),
+        *fold(conv3, None, weights),
+        *(fold(step.project, None, weights) if step.project else (None, None)),
+    )
+
+
+def conv_weights(step: Conv, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """weight, bias, scale, shift as the conv op takes them."""
+    return *fold(step.conv, step.norm_after, weights), *prologue(step.norm_before, weights)

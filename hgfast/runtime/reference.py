@@ -67,6 +67,11 @@ _STEPS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def run_step(step: Any, weights: Weights, *inputs: Tensor) -> Tensor:
+    """One step's value; its weights by qualified name, in the dtype to compute in."""
+    return _STEPS[step.kind](step, weights, *inputs)
+
+
 def execute(plan: Any, weights: Weights, inputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Run ``plan`` and yield (value number, tensor) as each value comes into being.
 
@@ -80,7 +85,7 @@ def execute(plan: Any, weights: Weights, inputs: Sequence[Tensor]) -> Iterator[t
     yield from values.items()
     for step in plan.steps:
         sources = (values[value] for value in step.inputs)
-        values[step.output] = _STEPS[step.kind](step, weights, *sources)
+        values[step.output] = run_step(step, weights, *sources)
         yield step.output, values[step.output]
 
 

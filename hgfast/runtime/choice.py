@@ -1,0 +1,51 @@
+"""Which executor runs a Plan, by where its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from hgfast.plan import Plan, Step
+from hgfast.runtime import cpu, cuda
+
+
+class Executor(Protocol):
+    """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
+
+    backend: str  # "cpu avx2 float32", "cuda bfloat16": what runs it, the dtype of activations last
+
+    def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.
+
+        Raises:
+            ValueError: a step cannot take what reaches it; the message names the step.
+        """
+
+    def path(self, step: Step) -> str:
+        """What runs one step, in a few words."""
+
+
+def choose(plan: Plan, weights: Mapping[str, Tensor], precision: str) -> Executor | str:
+    """The executor for ``plan`` with these weights, by name; or why there is none, in words.
+
+    Raises:
+        ValueError: a step's weights do not fit together.
+    """
+    devices = {tensor.device for tensor in weights.values()}
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(devices) > 1:
+        return f"its weights are on {' and '.join(sorted(map(str, devices)))}"
+    if len(dtypes) > 1:
+        return f"its weights mix dtypes ({', '.join(sorted(map(str, dtypes)))})"
+    device, dtype = devices.pop(), dtypes.pop()
+    if device.type == "cpu":
+        return cpu.unsupported(dtype) or cpu.CpuExecutor(plan, weights, precision)
+    if device.type == "cuda":
+        kernels = cuda.kernels_of(device)
+        reason = cuda.unsupported(plan, dtype, precision, kernels)
+        if reason or isinstance(kernels, str):
+            return reason or str(kernels)
+        return cuda.CudaExecutor(plan, weights, precision, kernels)
+    return f"its weights are on {device}; there are kernels for cpu and cuda"

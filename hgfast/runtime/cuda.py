@@ -1,0 +1,226 @@
+"""The CUDA executor: a Plan as a sequence of launches on the current stream.
+
+Residual blocks and joins run in hgfast's kernels, in bfloat16 or float16 with float32 sums. The
+other convolutions (stem, heads) run in cuDNN, their BatchNorms folded. Values are channels_last
+throughout. Nothing waits for the device, so a run may stand in a CUDA graph capture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hgfast import _native
+from hgfast.plan import Bottleneck, Conv, MaxPool, Plan, Step, output_values
+from hgfast.runtime import reference
+from hgfast.runtime.folding import bottleneck_weights, conv_weights
+
+Values = dict[int, Tensor]
+
+
+class Kernels:
+    """The kernels that an executor launches: a GPU's, or the emulated ones in tests.
+
+    Args:
+        native: the module with ``CudaBottleneck``.
+        ops: the namespace of the public ops.
+        device: where they run.
+    """
+
+    def __init__(self, native: Any, ops: Any, device: torch.device) -> None:
+        self.bottleneck = native.CudaBottleneck
+        self.ops = ops
+        self.device = device
+
+    def obstacle(self, step: Step) -> str | None:
+        """Why no kernel takes this step, in words; None if one does, or cuDNN runs it."""
+        if isinstance(step, Bottleneck):
+            in_, middle = step.convs[0].channels
+            out, project = step.convs[2].channels[1], step.project is not None
+            reason: str = self.bottleneck.obstacle(self.device, in_, middle, out, project)
+            return reason or None
+        return None
+
+
+def kernels_of(device: torch.device) -> Kernels | str:
+    """The kernels for a GPU, or why there are none."""
+    native = _native.load()
+    if native is None:
+        return str(_native.reason)
+    if not hasattr(native, "CudaBottleneck"):
+        state = native.build_info()["cuda"] or "switched off by USE_CUDA=0"
+        return f"hgfast was installed without CUDA kernels ({state})"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"{properties.name} is older than compute capability 8.0"
+    return Kernels(native, torch.ops.hgfast, device)
+
+
+def element_of(dtype: torch.dtype, precision: str) -> torch.dtype | None:
+    """The dtype that activations are kept in; None where no kernel is that precise."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return dtype
+    return torch.bfloat16 if dtype == torch.float32 and precision == "medium" else None
+
+
+def unsupported(
+    plan: Plan, dtype: torch.dtype, precision: str, kernels: Kernels | str
+) -> str | None:
+    """Why this executor cannot run the plan, in words; None if it can."""
+    if isinstance(kernels, str):
+        return kernels
+    if element_of(dtype, precision) is None:
+        if dtype == torch.float32:
+            return (
+                f'the CUDA kernels compute in bfloat16 or float16, which is not the "{precision}" '
+                'precision of a float32 model; precision="medium" is'
+            )
+        return f"its weights are {dtype}; the CUDA kernels take float32, bfloat16 and float16"
+    blocks = [step for step in plan.steps if isinstance(step, Bottleneck)]
+    reasons = [kernels.obstacle(step) for step in blocks]
+    # A few blocks without a kernel run eagerly among the others; with none, there is no gain.
+    return reasons[0] if reasons and all(reasons) else None
+
+
+class CudaExecutor:
+    """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Tensor], precision: str, kernels: Kernels
+    ) -> None:
+        first = next(iter(weights.values()))
+        element = element_of(first.dtype, precision)
+        if element is None:
+            raise ValueError(unsupported(plan, first.dtype, precision, kernels))
+        self._plan = plan
+        self._element = element
+        self._kernels = kernels
+        self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
+        with torch.inference_mode():
+            self._launches = self._arrange(plan.steps, weights)
+        self._name = str(element).removeprefix("torch.")
+        self.backend = f"cuda {self._name}"
+
+    def run(self, inputs: Sequence[Tensor]) -> Values:
+        """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.
+
+        Raises:
+            ValueError: a step cannot take what reaches it; the message names the step.
+        """
+        self._plan.shapes(*(x.shape for x in inputs))  # raises where they do not fit
+        dtype, layout = inputs[0].dtype, torch.channels_last
+        if inputs[0].is_contiguous():
+            layout = torch.contiguous_format
+        values: Values = {}
+        with torch.no_grad():
+            for number, x in zip(self._plan.inputs, inputs, strict=True):
+                values[number] = x.to(self._element, memory_format=torch.channels_last)
+            for launch, output, dead in self._launches:
+                values[output] = launch(values)
+                for number in dead:
+                    del values[number]
+            return {
+                number: values[number].to(dtype, memory_format=layout) for number in self._outputs
+            }
+
+    def path(self, step: Step) -> str:
+        """What runs one step."""
+        reason = self._kernels.obstacle(step)
+        if reason:
+            return f"eager: {reason}"
+        return f"cuDNN {self._name}" if isinstance(step, Conv) else self.backend
+
+    def _arrange(
+        self, steps: Sequence[Step], weights: Mapping[str, Tensor]
+    ) -> list[tuple[Callable[[Values], Tensor], int, tuple[int, ...]]]:
+        """(launch, the value it gives, the values that nobody reads any more) in order.
+
+        A pooling whose result only one block reads becomes that block's prologue.
+        """
+        readers = Counter(number for step in steps for number in step.inputs)
+        readers.update(self._outputs)
+        pools = {
+            step.output: step.inputs[0]
+            for step in steps
+            if isinstance(step, MaxPool) and readers[step.output] == 1
+        }
+        fusing = {
+            step.inputs[0]
+            for step in steps
+            if isinstance(step, Bottleneck) and not self._kernels.obstacle(step)
+        }
+        pools = {output: x for output, x in pools.items() if output in fusing}
+
+        arranged = []
+        for step in steps:
+            if step.output in pools:
+                continue
+            launch, reads = self._launch(step, weights, pools)
+            arranged.append((launch, step.output, reads))
+        kept, result = set(self._outputs), []
+        for launch, output, reads in reversed(arranged):
+            dead = tuple(number for number in dict.fromkeys(reads) if number not in kept)
+            kept.update(reads)
+            result.append((launch, output, dead))
+        return result[::-1]
+
+    def _launch(
+        self, step: Step, weights: Mapping[str, Tensor], pools: Mapping[int, int]
+    ) -> tuple[Callable[[Values], Tensor], tuple[int, ...]]:
+        """One step with its weights bound, and the values it reads."""
+        ops, x = self._kernels.ops, step.inputs[0]
+        other = step.inputs[1] if len(step.inputs) > 1 else None
+        if self._kernels.obstacle(step):
+            cast = {
+                name: weights[name].to(self._element)
+                for part in step.parts
+                for name in part.weights
+            }
+            return (
+                lambda v: reference.run_step(step, cast, *(v[number] for number in step.inputs))
+            ), step.inputs
+        if isinstance(step, Bottleneck):
+            scale, shift, *rest = bottleneck_weights(step, weights)
+            block = self._kernels.bottleneck(self._element, scale, shift, *rest)
+            pool = x in pools
+            source = pools.get(x, x)
+            reads = (source,) if other is None else (source, other)
+            return (
+                lambda v: block.run(v[source], None if other is None else v[other], pool)
+            ), reads
+        if isinstance(step, Conv):
+            weight, bias, scale, shift = conv_weights(step, weights)
+            weight = weight.to(self._element, memory_format=torch.channels_last)
+            bias = bias.to(self._element)
+            stride, padding, relu = step.conv.stride, step.conv.padding, step.relu
+            return (
+                lambda v: ops.conv(
+                    v[x],
+                    weight,
+                    bias,
+                    scale,
+                    shift,
+                    stride,
+                    padding,
+                    relu,
+                    None if other is None else v[other],
+                )
+            ), step.inputs
+        if isinstance(step, MaxPool):
+            return (lambda v: F.max_pool2d(v[x], 2)), step.inputs
+        assert other is not None
+        if step.kind == "upsample_add":
+
+            def upsample_add(v: Values) -> Tensor:
+                if v[x].shape[1] % 8:  # no 16-byte pieces for the kernel
+                    return reference.run_step(step, {}, v[x], v[other])
+                joined: Tensor = ops.upsample_add(v[x], v[other])
+                return joined
+
+            return upsample_add, step.inputs
+        return (lambda v: v[x] + v[other]), step.inputs
