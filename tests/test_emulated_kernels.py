@@ -22,7 +22,6 @@ from op_checks import (
     bottleneck_weights,
     cast,
     is_channels_last,
-    laid_out,
     needs_native,
     random_map,
 )
