@@ -42,7 +42,7 @@ gpu:
 
 # After a change of the CUDA kernels that is meant: their registers, as tests/test_cuda_gates.py
 # finds them.
-resources: $(INSTALLED)
+resources: $(BUILT)
 	$(BIN)/python tests/cuda_gates.py
 
 lint: $(INSTALLED)

@@ -228,11 +228,12 @@ def test_what_is_not_finite_travels_as_in_eager(value: float, dtype: torch.dtype
     w = moved(bottleneck_weights(32, 16, 32))
     x = map_of(2, 32, 9, 10, dtype=dtype)
     x[1, 3, 4, 5] = value
-    y = ops.bottleneck(x, **w)
-    eager = bottleneck_reference(x, cast(w, dtype))
-    assert torch.equal(y.isnan(), eager.isnan())
-    finite = torch.isfinite(eager)
-    assert torch.equal(torch.isfinite(y), finite)
+    y = ops.bottleneck(x, **w).cpu()
+    # On the CPU: a convolution in tiles, as cuDNN has them, spreads a NaN over a whole tile.
+    on_cpu = {name: t.cpu().double() for name, t in w.items()}
+    expected = bottleneck_reference(x.cpu().double(), on_cpu)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(torch.isfinite(y), torch.isfinite(expected))
     assert torch.isfinite(y[0]).all()
 
 

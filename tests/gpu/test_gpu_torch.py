@@ -12,8 +12,8 @@ from gpu_checks import (
     map_of,
     moved,
     require_device,
-    small_network,
 )
+from networks import small_hourglass
 from op_checks import bottleneck_weights, conv_weights
 from torch import Tensor
 
@@ -54,6 +54,14 @@ def test_opcheck_upsample_add(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.hgfast.upsample_add.default, (low, skip))
 
 
+@each_dtype
+@pytest.mark.parametrize("relu", [False, True])
+def test_opcheck_upsample_add_of_several_maps(dtype: torch.dtype, relu: bool) -> None:
+    skip = map_of(2, 16, 4, 8, dtype=dtype)
+    lows = [map_of(2, 16, 4 // n, 8 // n, dtype=dtype, seed=n) for n in (1, 2, 4)]
+    torch.library.opcheck(torch.ops.hgfast.upsample_add.maps, (lows, skip, relu))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @each_dtype
 def test_compiles_whole(dtype: torch.dtype, settings: dict[str, Any]) -> None:
@@ -76,7 +84,7 @@ def test_compiles_whole(dtype: torch.dtype, settings: dict[str, Any]) -> None:
 
 def test_an_optimised_network_compiles() -> None:
     """While torch.compile records, a region is its eager forward."""
-    model = small_network().to(DTYPES[0])
+    model = small_hourglass(depth=1).to(DEVICE, DTYPES[0])
     fast = hgfast.optimize(model, "medium", strict=True)
     x = map_of(1, 3, 64, 64, dtype=DTYPES[0], channels_last=False)
     torch.compiler.reset()
