@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import (
+    DEVICE,
     DTYPES,
     REHEARSAL,
     map_of,
