@@ -1,5 +1,6 @@
-# Device code: csrc/cuda/*.cu, free of torch headers, into an OBJECT library. Linked into _C only
-# when torch itself is a CUDA build of the same major version; otherwise compiling it is a check.
+# Device code: csrc/cuda/*.cu, free of torch headers, into an OBJECT library. Compiled and linked into
+# _C only when torch itself is a CUDA build of the same major version; otherwise it would be of no
+# use. (tests/test_cuda_gates.py compiles it anyhow, and takes the flags from here.)
 # FORCE_CUDA=1 turns every reason for leaving it out into an error.
 #
 # In: CUDA_SOURCES, TORCH_CUDA. Out: CUDA_STATE, CUDA_VERSION, CUDA_ARCHS, LINK_CUDA.
@@ -60,17 +61,17 @@ foreach(arch IN LISTS CUDA_ARCHS)
 endforeach()
 list(JOIN CUDA_ARCHS " " CUDA_ARCHS)
 
-add_library(hgfast_cuda OBJECT ${CUDA_SOURCES})
+add_library(hgfast_cuda OBJECT EXCLUDE_FROM_ALL ${CUDA_SOURCES})
 target_compile_options(hgfast_cuda PRIVATE ${gencode} -Xcompiler=-Wall)
 
 string(REGEX MATCH "^[0-9]+" nvcc_major "${CUDA_VERSION}")
 string(REGEX MATCH "^[0-9]+" torch_major "${TORCH_CUDA}")
 if(TORCH_CUDA STREQUAL "")
-  hgfast_without_cuda("torch ${TORCH_VERSION} is a CPU build: the device code is compiled, not linked")
-  set(CUDA_STATE "compiled, not linked: torch is a CPU build")
+  hgfast_without_cuda("torch ${TORCH_VERSION} is a CPU build: no CUDA kernels")
+  set(CUDA_STATE "not built: torch is a CPU build")
 elseif(NOT nvcc_major STREQUAL torch_major)
-  hgfast_without_cuda("nvcc ${CUDA_VERSION} does not fit torch's CUDA ${TORCH_CUDA}: the device code is compiled, not linked")
-  set(CUDA_STATE "compiled, not linked: nvcc ${CUDA_VERSION}, torch has CUDA ${TORCH_CUDA}")
+  hgfast_without_cuda("nvcc ${CUDA_VERSION} does not fit torch's CUDA ${TORCH_CUDA}: no CUDA kernels")
+  set(CUDA_STATE "not built: nvcc ${CUDA_VERSION}, torch has CUDA ${TORCH_CUDA}")
 else()
   find_package(CUDAToolkit REQUIRED)
   set(CUDA_STATE "linked")

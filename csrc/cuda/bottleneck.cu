@@ -15,7 +15,9 @@ bool sensible(const BottleneckParams& p) {
   const int64_t x_height = p.pool ? p.x_height / 2 : p.x_height;
   const int64_t x_width = p.pool ? p.x_width / 2 : p.x_width;
   if (x_height != p.height || x_width != p.width) return false;
-  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;  // offsets in an image are int
+  // Offsets in an image are int.
+  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;
+  if (p.height * p.width * p.out > INT32_MAX) return false;
   if (!p.project && p.in != p.out) return false;
   if (!p.scale != !p.shift) return false;
   if (p.low && (p.height % 2 || p.width % 2)) return false;

@@ -292,14 +292,19 @@ struct BottleneckTile {
     }
   }
 
+  // Sums begin with the bias.
   template <int m>
-  HGFAST_DEVICE static void clear(float (&sums)[m][Config::n][4]) {
+  HGFAST_DEVICE void start(float (&sums)[m][Config::n][4], const float* bias, int chunk) const {
 #pragma unroll
-    for (int i = 0; i < m; ++i)
+    for (int n = 0; n < Config::n; ++n) {
+      const int column = chunk * Config::chunk + (warp_n * Config::n + n) * 8 + quad * 2;
+      const float2 b = load_global<float2>(bias + column);
 #pragma unroll
-      for (int n = 0; n < Config::n; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[i][n][e] = 0.f;
+      for (int i = 0; i < m; ++i) {
+        sums[i][n][0] = sums[i][n][2] = b.x;
+        sums[i][n][1] = sums[i][n][3] = b.y;
+      }
+    }
   }
 
   // BN-ReLU on a fragment: the channels 2 * quad and the next, and the same 8 further on.
@@ -312,11 +317,11 @@ struct BottleneckTile {
     }
   }
 
-  // relu(sums + bias) of a chunk into T1 or T2. `keep` says of a row (a pixel) whether it is
+  // relu(sums) of a chunk into T1 or T2. `keep` says of a row (a pixel) whether it is
   // 0: outside of the image; 1: real; -1: not stored.
   template <int m, class Keep>
-  HGFAST_DEVICE void store_middle(const float (&sums)[m][Config::n][4], Shared to,
-                                  const float* bias, int chunk, Keep&& keep) const {
+  HGFAST_DEVICE void store_middle(const float (&sums)[m][Config::n][4], Shared to, int chunk,
+                                  Keep&& keep) const {
 #pragma unroll
     for (int i = 0; i < m; ++i) {
 #pragma unroll
@@ -327,9 +332,7 @@ struct BottleneckTile {
 #pragma unroll
         for (int n = 0; n < Config::n; ++n) {
           const int column = chunk * Config::chunk + (warp_n * Config::n + n) * 8;
-          const float2 b = load_global<float2>(bias + column + quad * 2);
-          const uint32_t pair =
-              pack_relu<T>(sums[i][n][2 * half] + b.x, sums[i][n][2 * half + 1] + b.y);
+          const uint32_t pair = pack_relu<T>(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
           store_shared(middle_address(to, row, column / 8) + quad * 4, kept ? pair : 0u);
         }
       }
@@ -339,7 +342,7 @@ struct BottleneckTile {
   HGFAST_DEVICE void conv1() {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       float sums[Config::halo_m][Config::n][4];
-      clear(sums);
+      start(sums, p.b1, chunk);
       for (int slice = 0; slice < in_slices(); ++slice) {
         step();
         const Shared from = memory() + at().halo_ring + stage * Config::halo_stage +
@@ -363,7 +366,7 @@ struct BottleneckTile {
         }
       }
       if constexpr (Config::single) sync_block();  // T1 lies where x was read from
-      store_middle(sums, memory() + at().t1, p.b1, chunk, [&](int row) {
+      store_middle(sums, memory() + at().t1, chunk, [&](int row) {
         if (row >= Config::halo_pixels) return -1;
         return inside(y0 - 1 + row / Config::halo_w, x0 - 1 + row % Config::halo_w) ? 1 : 0;
       });
@@ -379,7 +382,7 @@ struct BottleneckTile {
     }
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       float sums[Config::tile_m][Config::n][4];
-      clear(sums);
+      start(sums, p.b2, chunk);
       for (int tap = 0; tap < 9; ++tap) {
         const int shift = tap / 3 * Config::halo_w + tap % 3;
         for (int slice = 0; slice < middle_slices(); ++slice) {
@@ -394,14 +397,14 @@ struct BottleneckTile {
         }
       }
       if constexpr (Config::single) sync_block();  // T2 lies where T1 was read from
-      store_middle(sums, memory() + at().t2, p.b2, chunk, [](int) { return 1; });
+      store_middle(sums, memory() + at().t2, chunk, [](int) { return 1; });
     }
   }
 
   HGFAST_DEVICE void conv3() {
     for (int chunk = 0; chunk < out_chunks(); ++chunk) {
       float sums[Config::tile_m][Config::n][4];
-      clear(sums);
+      start(sums, p.b3, chunk);
       for (int slice = 0; slice < output_slices(); ++slice) {
         step();
         const Shared input = memory() + at().tile_ring + stage * Config::tile_stage;
@@ -453,14 +456,17 @@ struct BottleneckTile {
 
   HGFAST_DEVICE void store_output(const float (&sums)[Config::tile_m][Config::n][4],
                                   int chunk) const {
-    const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
+    // The image in y and in low; offsets in an image are int.
+    const int width = static_cast<int>(p.width);
+    const int64_t begin = forget(image) * p.height * p.width * p.out * 2;
+    char* const out = static_cast<char*>(p.y) + begin;
+    const char* const low = static_cast<const char*>(p.low) + begin / 4;
 #pragma unroll
     for (int i = 0; i < Config::tile_m; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = (forget(warp_m) * Config::tile_m + i) * 16 + half * 8 + sum_row;
         const int y = y0 + row / Config::tile_w, x = x0 + row % Config::tile_w;
-        const int64_t pixel = (static_cast<int64_t>(image) * height + y) * width + x;
 #pragma unroll
         for (int n = 0; n < Config::n; n += 4) {
           float2 v[4];
@@ -471,24 +477,16 @@ struct BottleneckTile {
 
           const int channel = chunk * Config::chunk + (warp_n * Config::n + n + quad) * 8;
           if (!inside(y, x) || channel >= p.out) continue;
-          const float4 b[] = {load_global<float4>(p.b3 + channel),
-                              load_global<float4>(p.b3 + channel + 4)};
-          v[0] = {v[0].x + b[0].x, v[0].y + b[0].y};
-          v[1] = {v[1].x + b[0].z, v[1].y + b[0].w};
-          v[2] = {v[2].x + b[1].x, v[2].y + b[1].y};
-          v[3] = {v[3].x + b[1].z, v[3].y + b[1].w};
           if (!p.project) add(v, load_input(offset_of(y, x), channel));
           if (p.relu) {
 #pragma unroll
             for (float2& value : v) value = {relu(value.x), relu(value.y)};
           }
           if (p.low) {
-            const int64_t below =
-                (static_cast<int64_t>(image) * (height / 2) + y / 2) * (width / 2) + x / 2;
-            add(v, load_global<uint4>(static_cast<const char*>(p.low) +
-                                      (below * p.out + channel) * 2));
+            const int below = (y / 2 * (width / 2) + x / 2) * p.out + channel;
+            add(v, load_global<uint4>(low + int64_t{below} * 2));
           }
-          store_global(static_cast<char*>(p.y) + (pixel * p.out + channel) * 2,
+          store_global(out + int64_t{(y * width + x) * p.out + channel} * 2,
                        uint4{pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y),
                              pack<T>(v[2].x, v[2].y), pack<T>(v[3].x, v[3].y)});
         }

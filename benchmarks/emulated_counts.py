@@ -1,0 +1,154 @@
+"""What the CUDA kernels do, counted by the emulator: products, bytes, barriers. No GPU needed.
+
+    HGFAST_EMULATOR=1 make build
+    .venv/bin/python benchmarks/emulated_counts.py    # about a minute
+
+Writes benchmarks/results/emulated-counts.json and prints the tables of docs/performance.md. Counts
+are exact; the traffic of DRAM goes through a model of the last-level cache (docs/emulator.md).
+There are no times here: those are a GPU's to tell (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "emulated-counts.json"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the emulator's module is built into tests
+
+import hgfast_emulator as emulator  # noqa: E402
+from op_checks import bottleneck_weights, random_map  # noqa: E402
+
+ORDER = ("scale", "shift", "w1", "b1", "w2", "b2", "w3", "b3", "wp", "bp")
+MULTIPROCESSORS = 132  # of an H200; the larger tile is taken where it gives each at least one block
+
+
+@dataclass(frozen=True)
+class Case:
+    """A block in -> middle -> out at size x size pixels."""
+
+    size: int
+    channels: tuple[int, int, int]
+    batch: int = 1
+    tile: str = ""  # "8x16" or "4x8"; empty: as an H200 would choose
+    low: bool = False
+    pool: bool = False
+
+    @property
+    def title(self) -> str:
+        into, middle, out = self.channels
+        fused = ("pool, " if self.pool else "") + f"{into}/{middle}/{out}"
+        return f"{fused}{', + low' if self.low else ''}, {self.size}x{self.size} x {self.batch}"
+
+
+HOURGLASS = (256, 128, 256)
+CASES = [
+    Case(64, HOURGLASS, tile="8x16"),
+    Case(64, HOURGLASS, tile="8x16", low=True),
+    Case(64, HOURGLASS),
+    Case(32, HOURGLASS, pool=True),
+    Case(32, HOURGLASS),
+    Case(16, HOURGLASS),
+    Case(8, HOURGLASS),
+    Case(4, HOURGLASS),
+    Case(64, (128, 128, 256), tile="8x16"),
+    Case(64, (128, 64, 128), tile="8x16"),
+    Case(64, (64, 32, 64), tile="8x16"),
+]
+
+
+def count(case: Case) -> dict[str, Any]:
+    """One launch of the bottleneck kernel, counted."""
+    into, middle, out = case.channels
+    w = bottleneck_weights(into, middle, out)
+    block = emulator.CudaBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
+    size, half = case.size * (1 + case.pool), case.size // 2
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
+    x = random_map(case.batch, into, size, size, **kinds)
+    low = random_map(case.batch, out, half, half, **kinds) if case.low else None
+    emulator.set_device({"8x16": 1, "4x8": 10**6, "": MULTIPROCESSORS}[case.tile])
+    emulator.model_memory(True)
+    block.run(x, low, case.pool)
+    emulator.model_memory(False)
+    counted = emulator.counters()
+    weights = into * middle + 9 * middle * middle + middle * out + ("wp" in w) * into * out
+    pixels = case.batch * case.size**2
+    return {
+        "case": case.title,
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "flops": counted["flops"],
+        "flops_of_formula": 2 * pixels * weights,
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+        "copied_bytes": counted["async_bytes"],  # weights and x, into shared memory
+        "products": counted["multiply_adds"],
+        "shared_bytes": counted["shared_bytes_loaded"]
+        + counted["shared_bytes_stored"]
+        + counted["async_bytes"]
+        + 512 * counted["load_matrices"],
+        "bank_conflicts": counted["matrix_conflicts"],
+        "barriers_per_block": counted["block_barriers"] // counted["blocks"],
+    }
+
+
+def count_upsample_add(size: int, maps: int) -> dict[str, Any]:
+    """One launch of upsample_add on 256 channels, with maps of 1/2, 1/4, 1/8 of the size."""
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
+    lows = [random_map(1, 256, size >> i, size >> i, **kinds) for i in range(1, maps + 1)]
+    skip = random_map(1, 256, size, size, **kinds)
+    emulator.model_memory(True)
+    torch.ops.hgfast_emulated.upsample_add(lows, skip, True)
+    emulator.model_memory(False)
+    counted = emulator.counters()
+    return {
+        "case": f"{maps} map{'s' * (maps > 1)}, {size}x{size}",
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as docs/performance.md shows them."""
+    lines = [
+        "| block | variant | blocks | FLOPs / formula | DRAM bytes / minimum | FLOP / DRAM byte "
+        "| bytes copied / kFLOP | shared bytes / product |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case']} | {row['kernel'].split(', ', 1)[1].rstrip('>')} | {row['blocks']} "
+            f"| {row['flops'] / row['flops_of_formula']:.3f} "
+            f"| {row['dram_bytes'] / row['minimum_bytes']:.3f} "
+            f"| {row['flops_of_formula'] / row['dram_bytes']:.0f} "
+            f"| {1000 * row['copied_bytes'] / row['flops']:.1f} "
+            f"| {row['shared_bytes'] / row['products']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def joins_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| sum | blocks | DRAM bytes / minimum |", "|---|---:|---:|"]
+    for row in rows:
+        ratio = row["dram_bytes"] / row["minimum_bytes"]
+        lines.append(f"| {row['case']} | {row['blocks']} | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    blocks = [count(case) for case in CASES]
+    joins = [count_upsample_add(size, maps) for size, maps in ((64, 1), (32, 1), (64, 3))]
+    RESULT.write_text(json.dumps({"bottleneck": blocks, "upsample_add": joins}, indent=1) + "\n")
+    print(table(blocks), joins_table(joins), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
