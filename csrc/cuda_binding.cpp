@@ -149,10 +149,12 @@ Tensor CudaBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool
                     " channels, as w1 has, given ", shape);
   TORCH_CHECK_VALUE(!pool || (shape.height > 1 && shape.width > 1), where_,
                     ": expected x of at least 2x2 pixels to pool, given ", shape);
-  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX, where_,
-                    ": expected less than 2^31 elements an image, given ", shape);
   const Shape result = {shape.batch, params_.out, pool ? shape.height / 2 : shape.height,
                         pool ? shape.width / 2 : shape.width};
+  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX &&
+                        result.height * result.width * result.channels <= INT32_MAX,
+                    where_, ": expected less than 2^31 elements an image, given ", shape,
+                    " for a result of ", result);
   const c10::OptionalDeviceGuard guard(x.device());
   Tensor half;
   if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
@@ -174,6 +176,12 @@ Tensor CudaBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool
   check_launched(where_, cuda::bottleneck(p, current_stream(x.device()), &variant));
   last_path() = {"cuda", variant};
   return y;
+}
+
+std::vector<Tensor> CudaBottleneck::tensors() const {
+  std::vector<Tensor> tensors{tape_, b1_, b2_, b3_};
+  if (scale_.defined()) tensors.insert(tensors.end(), {scale_, shift_});
+  return tensors;
 }
 
 std::string CudaBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,

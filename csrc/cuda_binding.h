@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "binding.h"
 #include "cuda/kernels.h"
@@ -40,6 +41,9 @@ class CudaBottleneck {
   // width / 2), or none. With pool, the block sees the 2x2 maximum of x. The result is
   // channels_last.
   at::Tensor run(const at::Tensor& x, const OptionalTensor& low, bool pool) const;
+
+  // The packed weights, for those who keep account of streams.
+  std::vector<at::Tensor> tensors() const;
 
   // Why no kernel takes a block of these channels on this device, in words; "" if one does.
   static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,

@@ -3,6 +3,7 @@
 // (hgfast/runtime/cuda.py). All of it may stand in a stream capture: memory comes from torch's
 // allocator, and nothing waits.
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include "cuda_binding.h"
@@ -15,11 +16,13 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using NoGradient = at::AutoDispatchBelowADInplaceOrView;  // of what the ops ask torch to do
 
 Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& w1,
                   const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& w3,
                   const Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
                   const OptionalTensor& low) {
+  const NoGradient guard;
   const CudaBottleneck block("hgfast::bottleneck", x.scalar_type(), scale, shift, w1, b1, w2, b2,
                              w3, b3, wp, bp, /*relu=*/false);
   return block.run(x, low, /*pool=*/false);
@@ -29,6 +32,7 @@ Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, con
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
             const OptionalTensor& shift, at::IntArrayRef stride, at::IntArrayRef padding, bool relu,
             const OptionalTensor& add) {
+  const NoGradient guard;
   const char* where = "hgfast::conv";
   shape_of(where, "x", x);
   TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,

@@ -29,6 +29,7 @@ void bind_cuda(pybind11::module_& m) {
            arg("relu") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CudaBottleneck::run), arg("x"),
            arg("low") = py::none(), arg("pool") = false)
+      .def("tensors", &CudaBottleneck::tensors)
       .def_static("obstacle", torch::wrap_pybind_function(&CudaBottleneck::obstacle), arg("device"),
                   arg("in"), arg("middle"), arg("out"), arg("project"));
   m.def(

@@ -88,15 +88,23 @@ class Region:
         self._notices = notices
         self._lock = threading.RLock()
         self._state: _State | None = None
+        self._captured: list[Executor] = []  # whose packed weights CUDA graphs point to
         self._is_current = True  # whether the plan is known to be that of the module
 
     # Caches and locks stay behind when a model is copied or pickled.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_state")}
+        mine = ("_lock", "_state", "_captured")
+        return {k: v for k, v in self.__dict__.items() if k not in mine}
 
     # A copy may have been changed since the plan was read, so it reads its own.
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock(), _state=None, _is_current=False)
+        own: dict[str, Any] = {
+            "_lock": threading.RLock(),
+            "_state": None,
+            "_captured": [],
+            "_is_current": False,
+        }
+        self.__dict__.update(state, **own)
 
     def install(self) -> None:
         """Put the region behind its module's forward."""
@@ -160,7 +168,14 @@ class Region:
         if torch.compiler.is_compiling():
             # A packed plan is a handle that no graph can carry away, and nothing would guard it.
             return self.eager(*args, **kwargs)
-        state, reason = self._up_to_date()
+        capturing = self._is_capturing()
+        if capturing and self._state is None:
+            outputs = self.eager(*args, **kwargs)
+            self._notices.add(self.name, "its first call since it was copied is in a CUDA graph")
+            return outputs
+        state, reason = self._up_to_date(capturing)
+        if capturing and state.executor is not None and state.executor not in self._captured:
+            self._captured.append(state.executor)
         inputs = self.bind(args, kwargs)
         reason = reason or self._obstacle(state, inputs)
         if reason is None and state.executor is not None:
@@ -191,11 +206,22 @@ class Region:
         """The arguments of a call in the order of the forward's parameters."""
         return self.__signature__.bind(*args, **kwargs).args if kwargs else args
 
-    def _up_to_date(self) -> tuple[_State, str | None]:
+    def _is_capturing(self) -> bool:
+        """Whether a CUDA graph records this call. Packing weights would become a part of it."""
+        state = self._state
+        first = next(self.module.parameters(), None) if state is None else None
+        device = state.device if state else first.device if first is not None else None
+        return (
+            device is not None
+            and device.type == "cuda"
+            and torch.cuda.is_current_stream_capturing()
+        )
+
+    def _up_to_date(self, capturing: bool = False) -> tuple[_State, str | None]:
         """The state that fits the module as it is now, and why eager must run, if it must."""
         state = self._state or self.pack()
         finding = self._finding(state)
-        if finding in ("structure", "weights") and _is_capturing(state.device):
+        if capturing and finding in ("structure", "weights"):
             return state, "its weights changed since they were packed, and a CUDA graph is captured"
         if finding == "structure":
             state = self.recognise()
@@ -245,11 +271,6 @@ class Region:
         if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
         return None
-
-
-def _is_capturing(device: torch.device | None) -> bool:
-    """Whether a CUDA graph records this thread: packing weights now would become a part of it."""
-    return device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import hgfast
 from hgfast.models import hourglass
 from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
+from hgfast.region import regions_of
 from hgfast.runtime import choice, cuda, reference
 
 emulator: Any = pytest.importorskip(
@@ -255,13 +258,42 @@ def test_weights_changed_before_a_capture_mean_eager(monkeypatch: pytest.MonkeyP
     """Packing inside a capture would become a part of the graph."""
     model = small_hourglass().bfloat16()
     fast = hgfast.optimize(model)
-    monkeypatch.setattr("hgfast.region._is_capturing", lambda device: True)
+    monkeypatch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
     with torch.inference_mode():
         fast(image().bfloat16())  # nothing changed: the fast path
         next(fast.parameters()).mul_(2)
         with pytest.warns(hgfast.HgfastWarning, match="a CUDA graph is captured"):
             y = fast(image().bfloat16())[0]
         assert torch.equal(y, hgfast.restore(fast)(image().bfloat16())[0])
+
+
+@pytest.mark.usefixtures("on_emulated_gpu")
+def test_a_copy_is_not_packed_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = copy.deepcopy(hgfast.optimize(small_hourglass().bfloat16()))
+    monkeypatch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
+    with torch.inference_mode(), pytest.warns(hgfast.HgfastWarning, match="is in a CUDA graph"):
+        fast(image().bfloat16())
+    assert all(region._state is None for region in regions_of(fast))
+
+
+@pytest.mark.usefixtures("on_emulated_gpu")
+def test_captured_weights_outlive_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph replays with the weights of its capture, whatever was packed since."""
+    fast = hgfast.optimize(small_hourglass().bfloat16())
+    (region,) = regions_of(fast)
+    x = image().bfloat16()
+    with torch.inference_mode():
+        with monkeypatch.context() as patch:
+            patch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
+            fast(x)
+            fast(x)
+        captured = weakref.ref(region._state.executor)
+        next(fast.parameters()).mul_(2)
+        fast(x)
+    gc.collect()
+    assert region._state.executor is not captured()
+    assert region._captured == [captured()]
+    assert copy.deepcopy(fast).forward._captured == []
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -225,6 +225,18 @@ def test_nan_and_infinity_travel_as_in_pytorch(dtype: torch.dtype) -> None:
     assert not y.isnan().all()
 
 
+@pytest.mark.parametrize("middle", [16, 32, 48, 64, 96, 144])
+def test_infinity_where_channels_are_padded(middle: int) -> None:
+    """The weights behind the last channel are 0, and 0 times infinity is NaN."""
+    w = {name: t.abs() for name, t in bottleneck_weights(32, middle, 48).items()}
+    x = random_map(1, 32, 5, 5, dtype=torch.bfloat16)
+    x[0, 3, 2, 2] = torch.inf
+    y, eager = bottleneck(x, w), bottleneck_reference(x, cast(w, torch.bfloat16))
+    assert torch.equal(y.isnan(), eager.isnan())
+    assert torch.equal(y.isinf(), eager.isinf())
+    assert y.isinf().any()
+
+
 def test_the_neighbour_of_a_slice_is_not_read() -> None:
     """A batch cut out of a larger tensor, and one that is not 16-byte aligned."""
     w = bottleneck_weights(16, 16, 16)
@@ -293,6 +305,22 @@ def test_shared_memory_limits(shared: int) -> None:
     )
     obstacle = emulator.CudaBottleneck.obstacle(cpu, 24, 16, 24, False)
     assert obstacle == "its channels (24, 16, 24) are not multiples of 16"
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "tile"),
+    [
+        (64, 1, "4x8"),  # 32 of the larger would leave 100 multiprocessors idle
+        (64, 8, "8x16"),
+        (16, 132, "8x16"),
+        (8, 300, "4x8"),  # half of each of the larger would hang over the edge
+        (4, 300, "4x8"),
+    ],
+)
+def test_the_tile_follows_the_image(size: int, batch: int, tile: str) -> None:
+    w = bottleneck_weights(16, 16, 16)
+    bottleneck(random_map(batch, 16, size, size, dtype=torch.bfloat16), w)
+    assert emulator.counters()["name"] == f"bottleneck<bfloat16, 32, {tile}>"
 
 
 def test_the_tile_follows_the_device() -> None:

@@ -24,13 +24,16 @@ bool sensible(const BottleneckParams& p) {
   return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
 }
 
+int64_t tiles(const BottleneckParams& p, int height, int width) {
+  return (p.height + height - 1) / height * ((p.width + width - 1) / width);
+}
+
 template <class Config>
 struct Instance {
   static BottleneckVariant variant(const char* name, const BottleneckParams& p) {
     const int row = padded(p.middle, Config::chunk) * 2;
-    const int64_t tiles = (p.height + Config::tile_h - 1) / Config::tile_h *
-                          ((p.width + Config::tile_w - 1) / Config::tile_w);
-    return {name, Config::threads, p.batch * tiles, Config::layout(row, p.project).end};
+    return {name, Config::threads, p.batch * tiles(p, Config::tile_h, Config::tile_w),
+            Config::layout(row, p.project).end};
   }
   static cudaError_t launch(const BottleneckVariant& variant, const BottleneckParams& p,
                             int shared_limit, cudaStream_t stream) {
@@ -67,7 +70,7 @@ struct Entry {
       HGFAST_ENTRY(element, T, "64", 64, true, 4, 8, 1, 2, 4),    \
       HGFAST_ENTRY(element, T, "32", 32, true, 8, 16, 4, 1, 4),   \
       HGFAST_ENTRY(element, T, "32", 32, true, 4, 8, 2, 1, 4),    \
-      HGFAST_ENTRY(element, T, "any", 64, false, 8, 16, 4, 1, 2), \
+      HGFAST_ENTRY(element, T, "any", 64, false, 8, 16, 4, 1, 1), \
       HGFAST_ENTRY(element, T, "any", 64, false, 4, 8, 1, 2, 4)
 
 constexpr Entry kEntries[] = {HGFAST_ENTRIES(bfloat16, BFloat16), HGFAST_ENTRIES(float16, Float16)};
@@ -76,6 +79,12 @@ constexpr Entry kEntries[] = {HGFAST_ENTRIES(bfloat16, BFloat16), HGFAST_ENTRIES
 #undef HGFAST_ENTRY
 
 bool is_single(const BottleneckParams& p) { return p.middle <= 128; }
+
+// Whether a launch with the larger tile would be mostly idle: multiprocessors without a block, or
+// tiles that hang over the edge of a small image.
+bool too_large(const BottleneckParams& p, int64_t blocks, int multiprocessors) {
+  return blocks < multiprocessors || tiles(p, 8, 16) * 8 * 16 * 2 > tiles(p, 4, 8) * 4 * 8 * 3;
+}
 
 // The larger tile where it occupies the device, since it computes less halo and reads the weights
 // less often; otherwise the smaller, which makes four times as many blocks.
@@ -86,7 +95,7 @@ const Entry* choose(const BottleneckParams& p, int multiprocessors, int shared_l
     if (entry.element != p.element || entry.chunk != chunk || entry.single != is_single(p))
       continue;
     variant = entry.variant(entry.name, p);
-    if (entry.large && variant.blocks < multiprocessors) continue;
+    if (entry.large && too_large(p, variant.blocks, multiprocessors)) continue;
     if (variant.shared_bytes <= shared_limit) return &entry;
   }
   return nullptr;

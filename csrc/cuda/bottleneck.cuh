@@ -3,7 +3,7 @@
 // Why one kernel. Per pixel, 256 -> 128 -> 128 -> 256 channels are 426 kFLOP. Convolution by
 // convolution the pixel's channels cross the memory bus a dozen times, 5 KB and more, and the 1x1
 // convolutions run at the speed of memory. Here x is read once and y is written once, 1 KB: 416
-// FLOP per byte, more than any GPU can multiply while the byte arrives.
+// FLOP per byte, about twice what a large GPU multiplies while a byte arrives from its memory.
 //
 // A block computes one tile of y, all channels of it:
 //
@@ -15,7 +15,8 @@
 //   conv3   over T2, then over x once more where the shortcut is projected; the rest of the block
 //           is added to the sums in registers, in float32, and y is rounded once.
 //
-// The halo is computed twice: 180 pixels of conv1 for a tile of 128, 9 % more FLOPs.
+// The halo is computed twice: conv1 on 180 pixels, in fragments 192, for a tile of 128 makes 7.7 %
+// more FLOPs of the whole.
 //
 // Weights, 416 KB for 256/128, do not fit into shared memory. They come from L2 once for a tile,
 // through a second ring, as one tape (see kernels.h) that lies in memory just as it is consumed:
@@ -37,7 +38,8 @@ namespace hgfast::cuda {
 // An instance. A block makes `chunk` channels of a product at a time. With `single`, one chunk
 // holds all middle channels, and what is dead lends its shared memory; otherwise middle is a
 // run-time number of chunks. The warps share a product as a grid of warps_m (pixels) by warps_n
-// (channels); registers are rationed so that `resident` blocks fit on a multiprocessor.
+// (channels); registers are rationed so that they allow `resident` blocks on a multiprocessor.
+// Shared memory allows as many on sm_90 and sm_100, and fewer on others.
 template <class Element_, int chunk_, bool single_, int tile_h_, int tile_w_, int warps_m_,
           int warps_n_, int resident_>
 struct BottleneckConfig {
@@ -169,19 +171,22 @@ struct BottleneckTile {
   HGFAST_DEVICE int offset_in_tile(int row) const {
     return offset_of(y0 + row / Config::tile_w, x0 + row % Config::tile_w);
   }
-  // 8 channels of t.
-  HGFAST_DEVICE uint4 load_input(int offset, int channel) const {
+  // 8 channels of t, from x as it is or pooled.
+  HGFAST_DEVICE uint4 load_plain(int offset, int channel) const {
+    return load_global<uint4>(x + int64_t{offset + channel} * 2);
+  }
+  HGFAST_DEVICE uint4 load_pooled(int offset, int channel) const {
     const char* from = x + int64_t{offset + channel} * 2;
-    uint4 piece = load_global<uint4>(from);
-    if (!p.pool) return piece;
     const int64_t right = int64_t{p.in} * 2, down = p.x_width * p.in * 2;
-    const uint4 others[] = {load_global<uint4>(from + right), load_global<uint4>(from + down),
+    const uint4 pieces[] = {load_global<uint4>(from), load_global<uint4>(from + right),
+                            load_global<uint4>(from + down),
                             load_global<uint4>(from + down + right)};
+    uint4 most = pieces[0];
 #pragma unroll
-    for (const uint4& other : others)
-      piece = {maximum<T>(piece.x, other.x), maximum<T>(piece.y, other.y),
-               maximum<T>(piece.z, other.z), maximum<T>(piece.w, other.w)};
-    return piece;
+    for (int i = 1; i < 4; ++i)
+      most = {maximum<T>(most.x, pieces[i].x), maximum<T>(most.y, pieces[i].y),
+              maximum<T>(most.z, pieces[i].z), maximum<T>(most.w, pieces[i].w)};
+    return most;
   }
 
   // ---- Shared memory ----
@@ -213,7 +218,7 @@ struct BottleneckTile {
       for (int row = 0; row < rows; row += kThreads / 4) {
         if (rows % (kThreads / 4) && first / 4 + row >= rows) break;
         const int from = offset(first / 4 + row, -1);
-        store_shared(to(row), real(from) ? load_input(from, channel) : uint4{0, 0, 0, 0});
+        store_shared(to(row), real(from) ? load_pooled(from, channel) : uint4{0, 0, 0, 0});
       }
     } else {
 #pragma unroll
@@ -333,7 +338,9 @@ struct BottleneckTile {
         for (int n = 0; n < Config::n; ++n) {
           const int column = chunk * Config::chunk + (warp_n * Config::n + n) * 8;
           const uint32_t pair = pack_relu<T>(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
-          store_shared(middle_address(to, row, column / 8) + quad * 4, kept ? pair : 0u);
+          // Also behind the last channel: 0 times infinity is no 0.
+          const bool real = kept && column < p.middle;
+          store_shared(middle_address(to, row, column / 8) + quad * 4, real ? pair : 0u);
         }
       }
     }
@@ -461,12 +468,36 @@ struct BottleneckTile {
     const int64_t begin = forget(image) * p.height * p.width * p.out * 2;
     char* const out = static_cast<char*>(p.y) + begin;
     const char* const low = static_cast<const char*>(p.low) + begin / 4;
+    const auto channel_of = [&](int n) {
+      return chunk * Config::chunk + (warp_n * Config::n + n + quad) * 8;
+    };
 #pragma unroll
     for (int i = 0; i < Config::tile_m; ++i) {
+      const int first_row = (forget(warp_m) * Config::tile_m + i) * 16 + sum_row;
+      int y[2], x[2];
+      // All of the shortcut first, so that one wait is for all loads.
+      uint4 shortcut[2][Config::n / 4] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = (forget(warp_m) * Config::tile_m + i) * 16 + half * 8 + sum_row;
-        const int y = y0 + row / Config::tile_w, x = x0 + row % Config::tile_w;
+        y[half] = y0 + (first_row + half * 8) / Config::tile_w;
+        x[half] = x0 + (first_row + half * 8) % Config::tile_w;
+      }
+      const auto fetch = [&](auto&& load) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int n = 0; n < Config::n; n += 4)
+            if (inside(y[half], x[half]) && channel_of(n) < p.out)
+              shortcut[half][n / 4] = load(offset_of(y[half], x[half]), channel_of(n));
+      };
+      if (!p.project) {
+        if (p.pool)
+          fetch([&](int offset, int channel) { return load_pooled(offset, channel); });
+        else
+          fetch([&](int offset, int channel) { return load_plain(offset, channel); });
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int n = 0; n < Config::n; n += 4) {
           float2 v[4];
@@ -475,18 +506,18 @@ struct BottleneckTile {
             v[j] = {sums[i][n + j][2 * half], sums[i][n + j][2 * half + 1]};
           transpose_quad(v);  // by all lanes, also where nothing is stored
 
-          const int channel = chunk * Config::chunk + (warp_n * Config::n + n + quad) * 8;
-          if (!inside(y, x) || channel >= p.out) continue;
-          if (!p.project) add(v, load_input(offset_of(y, x), channel));
+          const int channel = channel_of(n);
+          if (!inside(y[half], x[half]) || channel >= p.out) continue;
+          if (!p.project) add(v, shortcut[half][n / 4]);
           if (p.relu) {
 #pragma unroll
             for (float2& value : v) value = {relu(value.x), relu(value.y)};
           }
           if (p.low) {
-            const int below = (y / 2 * (width / 2) + x / 2) * p.out + channel;
+            const int below = (y[half] / 2 * (width / 2) + x[half] / 2) * p.out + channel;
             add(v, load_global<uint4>(low + int64_t{below} * 2));
           }
-          store_global(out + int64_t{(y * width + x) * p.out + channel} * 2,
+          store_global(out + int64_t{(y[half] * width + x[half]) * p.out + channel} * 2,
                        uint4{pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y),
                              pack<T>(v[2].x, v[2].y), pack<T>(v[3].x, v[3].y)});
         }

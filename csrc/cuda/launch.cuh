@@ -40,6 +40,15 @@ struct Grid {
   int most_shared_bytes;  // and of any launch of this kernel on this device
 };
 
+#ifndef HGFAST_EMULATE
+// The runtime remembers errors that it returned, and the next one who asks would take it for
+// theirs.
+inline cudaError_t forgotten(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+#endif
+
 // Launches `kernel(params)`. One instance of this function serves one kernel: it remembers on
 // which devices it raised the kernel's limit of shared memory. Neither waits nor allocates, so
 // that it may stand in a stream capture.
@@ -57,18 +66,21 @@ cudaError_t launch(const char* name, const Grid& grid, cudaStream_t stream, cons
   if (grid.most_shared_bytes > 48 * 1024) {
     static std::atomic<uint64_t> raised{0};  // a bit for each device
     int device = 0;
-    if (const auto error = cudaGetDevice(&device)) return error;
-    const uint64_t bit = uint64_t{1} << (device & 63);
-    if (device > 63 || !(raised.load(std::memory_order_relaxed) & bit)) {
+    if (const auto error = cudaGetDevice(&device)) return forgotten(error);
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (!(raised.load(std::memory_order_relaxed) & bit)) {
       const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               grid.most_shared_bytes);
-      if (error != cudaSuccess) return error;
+      if (error != cudaSuccess) return forgotten(error);
       raised.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  kernel<<<static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
-           static_cast<size_t>(grid.shared_bytes), stream>>>(params);
-  return cudaGetLastError();
+  // Not <<<>>>, whose errors only cudaGetLastError tells, together with everyone else's.
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return forgotten(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                    dim3(static_cast<unsigned>(grid.blocks)),
+                                    dim3(static_cast<unsigned>(grid.threads)), arguments,
+                                    static_cast<size_t>(grid.shared_bytes), stream));
 #endif
 }
 

@@ -64,8 +64,8 @@ bool sensible(const UpsampleAddParams& p) {
   if (p.width * (p.channels / kPiece) > INT32_MAX - kThreads || p.height > INT32_MAX) return false;
   if (p.maps < 1 || p.maps > UpsampleAddParams::kMaps || !p.skip || !p.y) return false;
   for (int i = 0; i < p.maps; ++i) {
-    const int64_t rest = (int64_t{1} << p.shift[i]) - 1;
     if (p.shift[i] < 0 || p.shift[i] > 3 || !p.low[i]) return false;
+    const int64_t rest = (int64_t{1} << p.shift[i]) - 1;
     if ((p.height & rest) || (p.width & rest)) return false;
   }
   return true;

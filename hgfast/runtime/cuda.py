@@ -101,8 +101,13 @@ class CudaExecutor:
         self._element = element
         self._kernels = kernels
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
+        self._weights: list[Tensor] = []  # what was packed
         with torch.inference_mode():
             self._launches = self._arrange(plan.steps, weights)
+        self._streams: set[int] = set()  # that have run it
+        if kernels.device.type == "cuda":
+            # Other threads will run this on streams of theirs, with no event to wait for.
+            torch.cuda.current_stream(kernels.device).synchronize()
         self._name = str(element).removeprefix("torch.")
         self.backend = f"cuda {self._name}"
 
@@ -116,6 +121,8 @@ class CudaExecutor:
         dtype, layout = inputs[0].dtype, torch.channels_last
         if inputs[0].is_contiguous():
             layout = torch.contiguous_format
+        if self._kernels.device.type == "cuda":
+            self._tell_the_allocator()
         values: Values = {}
         with torch.no_grad():
             for number, x in zip(self._plan.inputs, inputs, strict=True):
@@ -127,6 +134,14 @@ class CudaExecutor:
             return {
                 number: values[number].to(dtype, memory_format=layout) for number in self._outputs
             }
+
+    def _tell_the_allocator(self) -> None:
+        """That this stream reads the packed weights: once they are dropped, their memory waits."""
+        stream = torch.cuda.current_stream(self._kernels.device)
+        if stream.cuda_stream not in self._streams and not torch.cuda.is_current_stream_capturing():
+            for tensor in self._weights:
+                tensor.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
 
     def path(self, step: Step) -> str:
         """What runs one step."""
@@ -181,12 +196,14 @@ class CudaExecutor:
                 for part in step.parts
                 for name in part.weights
             }
+            self._weights += cast.values()
             return (
                 lambda v: reference.run_step(step, cast, *(v[number] for number in step.inputs))
             ), step.inputs
         if isinstance(step, Bottleneck):
             scale, shift, *rest = bottleneck_weights(step, weights)
             block = self._kernels.bottleneck(self._element, scale, shift, *rest)
+            self._weights += block.tensors()
             pool = x in pools
             source = pools.get(x, x)
             reads = (source,) if other is None else (source, other)
@@ -197,6 +214,7 @@ class CudaExecutor:
             weight, bias, scale, shift = conv_weights(step, weights)
             weight = weight.to(self._element, memory_format=torch.channels_last)
             bias = bias.to(self._element)
+            self._weights += [t for t in (weight, bias, scale, shift) if t is not None]
             stride, padding, relu = step.conv.stride, step.conv.padding, step.relu
             return (
                 lambda v: ops.conv(
