@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +88,6 @@ class Case:
 
     def flops(self) -> int:
         """Two for each multiply-add of a convolution; one for each sum of upsample_add."""
-        x = (self.batch, 3 if self.is_network else self.sizes.features, self.size, self.size)
         pixels, features = self.batch * self.size**2, self.sizes.features
         if self.op == "upsample_add":
             return pixels * features
@@ -98,11 +98,11 @@ class Case:
         if self.op == "bottleneck":
             middle = features // 2
             return 2 * pixels * (2 * features * middle + 9 * middle**2)
-        return recognise(self.module()).flops(x)
+        return _flops_of_network(self)
 
     def least_bytes(self) -> int:
         """Inputs, weights and results once each, in 16-bit elements."""
-        weights = sum(parameter.numel() for parameter in self.module().parameters())
+        weights = _weights(self)
         pixels = self.batch * self.size**2
         if self.is_network:
             results = int(self.op.removeprefix("HG-")) * 16 * pixels // 16  # joints, a 4th the size
@@ -111,6 +111,19 @@ class Case:
         if self.op in ("bottleneck + low", "upsample_add"):
             elements += pixels * self.sizes.features // 4
         return 2 * (elements + weights)
+
+
+# Each candidate of an item asks for them, and a network takes its time to be built and traced.
+
+
+@cache
+def _flops_of_network(case: Case) -> int:
+    return recognise(case.module()).flops((case.batch, 3, case.size, case.size))
+
+
+@cache
+def _weights(case: Case) -> int:
+    return sum(parameter.numel() for parameter in case.module().parameters())
 
 
 class Join(nn.Module):
@@ -263,6 +276,7 @@ class Candidate:
 
 
 HGFAST = Candidate("hgfast", "bf16", channels_last=True)
+MEDIUM = replace(HGFAST, dtype="medium")
 ANCHOR = replace(HGFAST, graph=True)
 EAGER = Candidate("eager", "bf16", channels_last=True)
 
@@ -294,7 +308,7 @@ NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
     "dtypes": (
         ANCHOR,
         Candidate("hgfast", "fp16", True, graph=True),
-        Candidate("hgfast", "medium", True, graph=True),
+        *both(MEDIUM),
         *both(Candidate("eager", "float32")),
         *both(Candidate("eager", "TF32")),
         *both(Candidate("eager", "bf16")),
@@ -363,12 +377,14 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_networks("main", (first, one), (first, large))
     of_ops("main", fused[1:], (large, one), sizes.levels)
     of_networks("compile", (first, one))
-    of_networks("main", *((stacks, batch) for stacks in others for batch in (one, large)))
-    of_networks("compile", (first, large))
+    of_networks("main", *((stacks, one) for stacks in others))
+    of_networks("dtypes", (first, one))
     of_networks("autotune", (first, one))
+    of_networks("compile", (first, large))
     of_ops("dtypes", fused[:1], (large, one), sizes.levels[:1])
-    of_networks("dtypes", (first, one), (first, large))
+    of_networks("dtypes", (first, large))
     of_ops("compile", fused, (large, one), sizes.levels[:1])
+    of_networks("main", *((stacks, large) for stacks in others))  # eight stacks take their time
     of_networks("main", *((stacks, batch) for batch in other_batches for stacks in sizes.stacks))
     of_ops("main", fused, tuple(other_batches), sizes.levels)
     of_networks("dtypes", *((stacks, batch) for stacks in others for batch in (one, large)))

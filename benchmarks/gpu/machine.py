@@ -22,6 +22,7 @@ if torch.cuda.is_available():
     p = torch.cuda.get_device_properties(0)
     facts["cuDNN"] = torch.backends.cudnn.version()
     facts["GPU"] = p.name
+    facts["uuid"] = str(getattr(p, "uuid", "")) or None
     facts["capability"] = [p.major, p.minor]
     facts["multiprocessors"] = p.multi_processor_count
     facts["memory, bytes"] = p.total_memory
@@ -50,12 +51,16 @@ def said(*command: str, limit: float = 60) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def smi(fields: tuple[str, ...]) -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU."""
-    line = said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0")
-    if not line:
+def smi(fields: tuple[str, ...], uuid: str | None) -> dict[str, str] | None:
+    """What nvidia-smi says of the GPU with torch's ``uuid``: it counts GPUs in another order than
+    CUDA does, and knows nothing of CUDA_VISIBLE_DEVICES. None where it is not plain which one."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if uuid:
+        command += ["-i", f"GPU-{uuid.removeprefix('GPU-')}"]
+    lines = (said(*command) or "").splitlines()
+    if len(lines) != 1:
         return None
-    return dict(zip(fields, (word.strip() for word in line.split(",")), strict=False))
+    return dict(zip(fields, (word.strip() for word in lines[0].split(",")), strict=False))
 
 
 def ask_torch() -> dict[str, Any]:
@@ -83,8 +88,8 @@ def facts(torch_facts: dict[str, Any]) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     return {
-        **torch_facts,
-        "nvidia-smi": smi(SMI_FIELDS),
+        **{name: fact for name, fact in torch_facts.items() if name != "uuid"},
+        "nvidia-smi": smi(SMI_FIELDS, torch_facts.get("uuid")),
         "nvcc": nvcc.splitlines()[-1] if nvcc else None,
         "python": platform.python_version(),
         "system": platform.platform(),

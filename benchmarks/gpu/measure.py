@@ -14,7 +14,9 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +211,41 @@ class Measurer:
             raise DeviceLostError(reason) from after
 
 
-def left_to_do(journal: Journal, chosen: list[Item], skipped: list[str]) -> Iterator[Item]:
-    """Items that no record says anything final about. The journal is asked once."""
+@dataclass(frozen=True)
+class Task:
+    """An item, or the peaks, which are measured like one."""
+
+    name: str
+    limit: float
+    run: Callable[[], None]
+
+
+def left_to_do(journal: Journal, tasks: list[Task], skipped: list[str]) -> Iterator[Task]:
+    """Tasks that no record says anything final about. The journal is asked once."""
     latest = journal.latest("item")
-    for item in chosen:
-        record = latest.get(("item", item.name))
-        if item.name not in skipped and (record is None or record["status"] not in FINISHED):
-            yield item
+    for task in tasks:
+        record = latest.get(("item", task.name))
+        if task.name not in skipped and (record is None or record["status"] not in FINISHED):
+            yield task
+
+
+def attempt(task: Task, device: Device, journal: Journal) -> bool:
+    """Run it and write down how it ended; False if the device is lost with it."""
+    journal.add("item", task.name, "begun", limit=task.limit)
+    begun = time.perf_counter()
+    try:
+        task.run()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:2000]
+        lost = isinstance(error, DeviceLostError)
+        try:
+            device.synchronise()
+        except Exception:
+            lost = True
+        journal.add("item", task.name, "crashed" if lost else "failed", reason=reason)
+        return not lost
+    journal.add("item", task.name, "ok", took=time.perf_counter() - begun)
+    return True
 
 
 def main() -> int:
@@ -234,38 +264,22 @@ def main() -> int:
         torch.set_num_threads(1)  # of a machine that others use, most likely
     device: Device = Rehearsal() if args.rehearse else Cuda()
     measurer = Measurer(device, journal)
-    if not {"matmul", "copy"} <= journal.finished("peak"):
-        journal.add("item", "peaks", "begun", limit=60)
-        measurer.peaks()
-        journal.add("item", "peaks", "ok")
     chosen = [
         item
         for item in items(REHEARSED if args.rehearse else REAL)
         if re.search(args.only, item.name)
     ]
     journal.add("plan", args.only or "everything", "ok", names=[item.name for item in chosen])
-    for item in left_to_do(journal, chosen, args.skip):
+    tasks = [Task("peaks", 60, measurer.peaks)]
+    tasks += [Task(item.name, item.limit, partial(measurer.item, item)) for item in chosen]
+    for task in left_to_do(journal, tasks, args.skip):
         if time.time() >= args.deadline or os.getppid() != parent:
             break  # no time left, or nobody to measure for; the report knows what was planned
-        journal.add("item", item.name, "begun", limit=item.limit)
         torch.compiler.reset()  # or its cache of one item counts against the next
         if not args.rehearse:
             torch.cuda.empty_cache()
-        begun = time.perf_counter()
-        try:
-            measurer.item(item)
-        except DeviceLostError as lost:
-            journal.add("item", item.name, "crashed", reason=str(lost))
+        if not attempt(task, device, journal):
             return LOST
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:2000]
-            journal.add("item", item.name, "failed", reason=reason)
-            try:
-                device.synchronise()
-            except Exception:
-                return LOST
-        else:
-            journal.add("item", item.name, "ok", took=time.perf_counter() - begun)
     return 0
 
 

@@ -24,6 +24,8 @@ NETWORKS = {
     "compile default bf16": ("torch.compile", "#edae49"),
     "compile max-autotune-no-cudagraphs bf16 graph": ("max-autotune, our graph", "#b5c26f"),
     "compile max-autotune bf16": ("max-autotune", "#7a9e3f"),
+    "hgfast medium": ("hgfast, float32 model", "#f3c5cb"),
+    "hgfast medium graph": ("hgfast, float32 model, graph", "#eca8b1"),
     "hgfast bf16": ("hgfast", "#e58c97"),
     OURS: ("hgfast, graph", "#d1495b"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ WAYS = {"cold": "L2 cold", "warm": "L2 warm", "stream": "back to back", "latency
 
 
 def write(journal: Journal, out: Path, plot: bool = True) -> list[Path]:
-    """Write <gpu>-<date>.json, .md and .png into ``out``; returns what was written.
+    """Write <gpu>-<date>.json, .md and, if it can be drawn, .png; returns what was written.
 
     Without records there is nothing to write. Files are replaced whole, so that a run that is
     killed leaves the last good ones.
@@ -30,13 +31,17 @@ def write(journal: Journal, out: Path, plot: bool = True) -> list[Path]:
         _replace(stem.with_suffix(".md"), markdown(found).encode()),
     ]
     if plot and found["measurements"]:
-        from benchmarks.gpu.plot import draw
-
         picture = stem.with_suffix(".png")
         part = picture.with_suffix(".part.png")
-        draw(found, part)
-        part.replace(picture)
-        written.append(picture)
+        try:
+            from benchmarks.gpu.plot import draw
+
+            draw(found, part)
+            part.replace(picture)
+            written.append(picture)
+        except Exception as error:  # no matplotlib, say: not worth a failed run
+            part.unlink(missing_ok=True)
+            print(f"make gpu: no picture, {type(error).__name__}: {error}", file=sys.stderr)
     return written
 
 
@@ -168,6 +173,8 @@ def _tests(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {test['item']} | {test['status']} | {counts} | {took} |")
     lines.append("")
     for test in found["tests"]:
+        if test["status"] != "ok" and test.get("reason"):
+            lines.append(f"- {test['item']}: {test['status']}, {test['reason']}")
         for failure in test.get("failures", [])[:20]:
             lines.append(f"- {test['item']}: `{failure['name']}`: {failure['message']}")
     return [*lines, ""]

@@ -1,13 +1,16 @@
 """What the tests on a CUDA device share.
 
 HGFAST_GPU_REQUIRED=1   no device, or no CUDA kernels, is a failure (`make gpu` sets it)
-HGFAST_GPU_REHEARSAL=1  the same tests on the CPU's ops, smaller: the tests' own code is tried out
+HGFAST_GPU_REHEARSAL=1  the same tests on the CPU's ops, smaller: the tests' own code is tried out.
+                        What only the GPU's kernels can do runs in the emulated ones (`kernels`).
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from networks import randomise
 from op_checks import Weights, native, upsample_add_reference
 from torch import Tensor, nn
 
-from hgfast import _native
+from hgfast import _native, ops
 from hgfast.models import hourglass
 
 REQUIRED = os.environ.get("HGFAST_GPU_REQUIRED") == "1"
@@ -27,6 +30,25 @@ DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
 DTYPES = [torch.bfloat16] if REHEARSAL else [torch.bfloat16, torch.float16]
 #: Absolute slack, where eager happens to be exact: about a rounding of a value near one.
 SLACK = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _emulator() -> Any:
+    """The kernels on a model of the GPU, which take CPU tensors; None where they are not built."""
+    try:
+        return importlib.import_module("hgfast_emulator")
+    except ImportError:
+        return None
+
+
+#: The module of csrc/cuda_python.cpp, and the ops that end in its kernels. A rehearsal has the
+#: emulated ones, so that what is asked of them here is what they can be asked.
+kernels: Any = _emulator() if REHEARSAL else native
+kernel_ops: Any = torch.ops.hgfast_emulated if REHEARSAL else ops
+needs_kernels = pytest.mark.skipif(
+    kernels is None, reason="a rehearsal needs the emulator's module for this: make build"
+)
+#: What the kernels compute in, also in a rehearsal.
+KERNEL_DTYPES = [torch.bfloat16, torch.float16]
 
 
 def some(full: int, rehearsed: int) -> int:
@@ -68,6 +90,8 @@ def multiprocessors() -> int:
 
 def shared_limit() -> int:
     """Bytes of shared memory that a block may have."""
+    if REHEARSAL:
+        return 227 * 1024
     limit: int = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
     return limit
 
@@ -75,9 +99,9 @@ def shared_limit() -> int:
 def obstacle(channels: int, middle: int, out: int, project: bool) -> str:
     """Why this device takes no such block, in words; "" if it does. On cards with less shared
     memory that is so for the widest."""
-    if REHEARSAL:
+    if kernels is None:
         return ""
-    reason: str = native.CudaBottleneck.obstacle(channels, middle, out, project, shared_limit())
+    reason: str = kernels.CudaBottleneck.obstacle(DEVICE, channels, middle, out, project)
     return reason
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gpu_checks import (
     DTYPES,
+    KERNEL_DTYPES,
     REHEARSAL,
     assert_half,
     block_reference,
+    kernel_ops,
+    kernels,
     map_of,
     moved,
     multiprocessors,
+    needs_kernels,
     obstacle,
     poison,
     require_device,
@@ -28,7 +34,6 @@ from op_checks import (
     conv_reference,
     conv_weights,
     is_channels_last,
-    native,
     upsample_add_reference,
 )
 from torch import Tensor
@@ -43,9 +48,9 @@ EXAMPLES = settings(
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-def check_bottleneck(x: Tensor, w: Weights, low: Tensor | None = None) -> Tensor:
+def check_bottleneck(x: Tensor, w: Weights, low: Tensor | None = None, by: Any = ops) -> Tensor:
     poison(x.shape[0], len(w["b3"]), *x.shape[2:], dtype=x.dtype)
-    y = ops.bottleneck(x, **w, low=low)
+    y: Tensor = by.bottleneck(x, **w, low=low)
     assert is_channels_last(y)
     eager = bottleneck_reference(x, cast(w, x.dtype), low)
     judge = bottleneck_reference(
@@ -91,43 +96,53 @@ def test_bottleneck_of_any_shape(
     check_bottleneck(x, w, half)
 
 
+@needs_kernels
 @pytest.mark.parametrize("channels", [(24, 16, 32), (16, 24, 16), (32, 16, 40), (3, 16, 16)])
 def test_channels_without_a_kernel(channels: tuple[int, int, int]) -> None:
     """The op says what it takes; a network runs such a block eagerly."""
     w = moved(bottleneck_weights(*channels))
     x = map_of(2, channels[0], 5, 9, dtype=DTYPES[0])
-    if REHEARSAL:  # the CPU takes them all
-        check_bottleneck(x, w)
-    else:
-        with pytest.raises(ValueError, match="multiples of 16"):
-            ops.bottleneck(x, **w)
+    assert "not multiples of 16" in obstacle(*channels, "wp" in w)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        kernel_ops.bottleneck(x, **w)
 
 
-@pytest.mark.skipif(REHEARSAL, reason="the CPU takes float32")
+@needs_kernels
 def test_float32_is_refused() -> None:
     w = moved(bottleneck_weights(32, 16, 32))
-    with pytest.raises(ValueError, match="in bfloat16 or float16"):
-        ops.bottleneck(map_of(1, 32, 4, 4, dtype=torch.float32), **w)
+    with pytest.raises(ValueError, match="expected bfloat16 or float16"):
+        kernel_ops.bottleneck(map_of(1, 32, 4, 4, dtype=torch.float32), **w)
 
 
-@pytest.mark.skipif(REHEARSAL, reason="the CPU has other kernels")
+@needs_kernels
 def test_every_variant_runs() -> None:
-    """The kernel's tile depends on whether the device can be filled, its chunk on the middle."""
+    """The chunk depends on the middle channels. The larger tile is taken where it gives every
+    multiprocessor a block and covers at most 1.5 times the pixels of the smaller ones."""
+    needed = {row["name"]: row["shared_bytes"] for row in kernels.bottleneck_variants()}
+    maps = [
+        ("4x8", (1, 32, 8, 16)),  # a single block of the larger tile
+        ("8x16", (-(-multiprocessors() // 4), 32, 16, 32)),  # four of them an image
+        ("4x8", (-(-multiprocessors() // 4), 32, 9, 17)),  # four again: 512 pixels against 288
+    ]
     ran = set()
-    for dtype in DTYPES:
+    for dtype in KERNEL_DTYPES:
         for middle in (16, 32, 48, 64, 96, 128, 160, 256):
+            chunk = next((str(n) for n in (32, 64, 128) if middle <= n), "any")
             w = moved(bottleneck_weights(32, middle, 32))
-            for batch in (1, multiprocessors()):
-                if obstacle(32, middle, 32, False):
-                    continue
-                check_bottleneck(map_of(batch, 32, 9, 17, dtype=dtype), w)
-                ran.add(native.last_path())
-    variants = {f"cuda/{row['name']}": row["shared_bytes"] for row in native.bottleneck_variants()}
-    assert ran <= variants.keys()
-    assert ran >= {name for name, needed in variants.items() if needed <= shared_limit()}
+            if obstacle(32, middle, 32, False):
+                continue
+            for tile, shape in maps:
+                check_bottleneck(map_of(*shape, dtype=dtype), w, by=kernel_ops)
+                path, wanted = kernels.last_path(), f"bottleneck<{str(dtype)[6:]}, {chunk}, {tile}>"
+                if needed[wanted] <= shared_limit():
+                    assert path == f"cuda/{wanted}", f"{middle} middle channels, {shape}"
+                ran.add(path.removeprefix("cuda/"))
+    assert ran <= needed.keys()
+    assert ran >= {name for name, most in needed.items() if most <= shared_limit()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@needs_kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("middle", [32, 64, 128, 160])
 @pytest.mark.parametrize("norm", [False, True], ids=["bare", "norm"])
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
@@ -143,13 +158,9 @@ def test_every_fusion_of_the_bottleneck(
     project: bool,
     low: bool,
 ) -> None:
-    """What an executor asks of the kernel beyond the op. A rehearsal has the emulated kernels."""
-    module = native
-    if REHEARSAL:
-        reason = "needs the emulator's module: make build"
-        module = pytest.importorskip("hgfast_emulator", reason=reason)
-        if middle > 64:
-            pytest.skip("a rehearsal tries the smaller blocks")
+    """What an executor asks of the kernel beyond the op."""
+    if REHEARSAL and middle > 64:
+        pytest.skip("a rehearsal tries the smaller blocks")
     if reason := obstacle(32, middle, 48 if project else 32, project):
         pytest.skip(reason)
     w = moved(bottleneck_weights(32, middle, 48 if project else 32, seed=middle))
@@ -159,7 +170,7 @@ def test_every_fusion_of_the_bottleneck(
     x = map_of(2, 32, *((2 * height + 1, 2 * width) if pool else (height, width)), dtype=dtype)
     out = len(w["b3"])
     half = map_of(2, out, height // 2, width // 2, dtype=dtype, seed=2) if low else None
-    block = module.CudaBottleneck(dtype, w.get("scale"), w.get("shift"), *packed(w), relu=relu)
+    block = kernels.CudaBottleneck(dtype, w.get("scale"), w.get("shift"), *packed(w), relu=relu)
     poison(2, out, height, width, dtype=dtype)
     y = block.run(x, half, pool)
     assert is_channels_last(y)
@@ -184,7 +195,8 @@ def test_both_tiles_of_the_bottleneck(
     if reason := obstacle(2 * middle, middle, 2 * middle, project):
         pytest.skip(reason)
     batch = multiprocessors() // some(4, 1) + 1 if many else 1
-    height, width = (26, 34) if many else (10, 14)  # no multiples of a tile
+    # No multiples of a tile. Of the larger one twelve an image, 1.4 times the smaller ones' pixels.
+    height, width = (26, 34) if many else (10, 14)
     channels = 2 * middle
     w = moved(bottleneck_weights(channels, middle, channels, project=project))
     half = map_of(batch, channels, height // 2, width // 2, dtype=dtype, seed=2) if low else None

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import elg
 import numpy as np
@@ -16,6 +17,9 @@ from gpu_checks import (
     DEVICE,
     DTYPES,
     REHEARSAL,
+    kernel_ops,
+    kernels,
+    needs_kernels,
     require_device,
     small_network,
     some,
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 import hgfast
 from hgfast.models import hourglass
+from hgfast.runtime import cuda
 
 require_device()
 
@@ -37,6 +42,20 @@ def _no_silent_fallback() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", hgfast.HgfastWarning)
         yield
+
+
+@pytest.fixture
+def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a rehearsal too, models run as they do on a GPU; in the emulated kernels."""
+    if REHEARSAL:
+        emulated = cuda.Kernels(kernels, kernel_ops, DEVICE)
+
+        def choose(plan: Any, weights: Any, precision: str) -> Any:
+            dtype = next(iter(weights.values())).dtype
+            reason = cuda.unsupported(plan, dtype, precision, emulated)
+            return reason or cuda.CudaExecutor(plan, weights, precision, emulated)
+
+        monkeypatch.setattr("hgfast.region.choose", choose)
 
 
 def network(stacks: int) -> nn.Module:
@@ -56,12 +75,13 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
-def optimized(model: nn.Module, precision: str = "medium") -> nn.Module:
+def optimized(model: nn.Module, precision: str = "medium", backend: str = BACKEND) -> nn.Module:
+    """Optimised; every residual block is in the kernels."""
     fast = hgfast.optimize(model, precision=precision, strict=True)
     report = hgfast.report(fast)
     blocks = [row.backend for row in report.replaced if "bottleneck" in row.kind]
     assert blocks
-    assert all(backend.startswith(BACKEND) for backend in blocks), str(report)
+    assert all(block.startswith(backend) for block in blocks), str(report)
     return fast
 
 
@@ -123,17 +143,28 @@ def test_changed_weights_are_followed() -> None:
     assert not torch.equal(before, outputs(fast, x)[0])
 
 
+@needs_kernels
+@pytest.mark.usefixtures("on_the_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=lambda dtype: str(dtype)[6:])
+def test_blocks_of_a_small_network_are_all_in_the_kernels(dtype: torch.dtype) -> None:
+    model = small_network().to(dtype)
+    check(model, optimized(model, backend="cuda"), image(2, 64, 32, dtype))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("on_the_kernels")
 def test_blocks_without_a_kernel_run_among_the_others() -> None:
     """8 channels at the stem are no multiple of 16."""
     model = small_hourglass(stacks=2).to(DEVICE, DTYPES[0])
     fast = hgfast.optimize(model, precision="medium", strict=True)
     backends = {row.backend for row in hgfast.report(fast).replaced if "bottleneck" in row.kind}
-    assert any(backend.startswith(BACKEND) for backend in backends)
-    assert REHEARSAL or any(backend.startswith("eager") for backend in backends)
+    assert any(backend.startswith("cuda") for backend in backends)
+    assert any(backend.startswith("eager") for backend in backends)
     check(model, fast, image(2, 64, 32, DTYPES[0]))
 
 
-@pytest.mark.skipif(REHEARSAL, reason="the CPU has float32 kernels")
+@needs_kernels
+@pytest.mark.usefixtures("on_the_kernels")
 def test_no_float32_kernels_is_said() -> None:
     model = small_network()
     with pytest.raises(hgfast.OptimizationError, match="bfloat16"):

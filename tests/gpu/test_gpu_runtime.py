@@ -124,6 +124,51 @@ def test_runs_in_the_current_stream(name: str) -> None:
     assert same_bits(got.contiguous(), expected.contiguous())
 
 
+@pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no streams")
+@torch.inference_mode()
+def test_packed_on_one_stream_and_run_on_another() -> None:
+    """Packing comes late in its stream, and the model is dropped while the other may still run."""
+    model, x = small_network().to(DTYPE), example()[:, :3, :16, :16].contiguous()
+    expected = hgfast.optimize(model, "medium", strict=True)(x)[-1].clone()
+    packing, running = torch.cuda.Stream(), torch.cuda.Stream()
+    busy = torch.randn(4096, 4096, device=DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(packing):
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        fast = hgfast.optimize(model, "medium", strict=True)
+    with torch.cuda.stream(running):
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        y = fast(x)[-1]
+    del fast
+    with torch.cuda.stream(packing):  # what was packed there is free now, if nobody said otherwise
+        for _ in range(20):
+            torch.full((1 << 16,), torch.nan, dtype=DTYPE, device=DEVICE)
+    torch.cuda.synchronize()
+    assert same_bits(y.contiguous(), expected.contiguous())
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a rehearsal has no graphs")
+def test_a_graph_keeps_the_weights_that_it_was_captured_with() -> None:
+    fast = hgfast.optimize(small_network().to(DTYPE), "medium", strict=True)
+    x = example()[:, :3, :16, :16].contiguous()
+    with torch.inference_mode():
+        replay, output = captured(lambda: fast(x)[-1])
+        replay()
+        expected = output.clone()
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.mul_(1.25)
+    with torch.inference_mode():
+        assert not same_bits(fast(x)[-1].contiguous(), expected.contiguous())  # packed anew
+        for _ in range(20):
+            torch.full((1 << 16,), torch.nan, dtype=DTYPE, device=DEVICE)
+        replay()
+        synchronise()
+        assert same_bits(output.contiguous(), expected.contiguous())
+
+
 @pytest.mark.parametrize("batch", [1, some(64, 2)])
 @each_op
 @torch.inference_mode()
