@@ -57,7 +57,11 @@ extern "C" const char* run(void** arrays) {
 # "another result" where nothing but the numbers is wrong.
 RACE = ("race", "uninitialised")
 MUTANTS = {
-    "no barrier before a slice is used": ("    sync_block();\n    ask();", "    ask();", RACE),
+    "no barrier before a slice is used": (
+        "    sync_block();\n    ask<input>();",
+        "    ask<input>();",
+        RACE,
+    ),
     "no barrier before T1 overwrites x": (
         "sync_block();  // T1 lies",
         "(void)0;  // T1 lies",
@@ -75,8 +79,8 @@ MUTANTS = {
     ),
     "copies are never committed": ("    commit_copies();", "", ("copy in flight",)),
     "copies run one slice too far ahead": (
-        "i < Config::stages - 1; ++i) ask();",
-        "i < Config::stages; ++i) ask();",
+        "i < Config::stages - 1; ++i) ask<Input::halo>();",
+        "i < Config::stages; ++i) ask<Input::halo>();",
         (*RACE, "copy in flight"),
     ),
     "the last piece of the weights is not copied": (

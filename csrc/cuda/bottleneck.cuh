@@ -71,6 +71,9 @@ struct BottleneckConfig {
   static constexpr int halo_stage = halo_rows * slice_row;
   static constexpr int tile_stage = tile_pixels * slice_row;  // x for the projection
 
+  // Whether x for the projection is asked for before conv3 begins.
+  static constexpr bool early = chunk / kSliceColumns < stages - 1;
+
   // Where things lie, for T1 and T2 with rows of so many bytes.
   struct Layout {
     int t1, t2, halo_ring, tile_ring, end;
@@ -85,7 +88,6 @@ struct BottleneckConfig {
     // The ring of x is read before T1 is written, T1 is read before T2 is written. The slices of x
     // for the projection are asked for while T2 is read; with a single slice of T2 already
     // while T1 is read.
-    const bool early = row / slice_row < stages - 1;
     const int tile_ring = ring + (early && t1_bytes > t2_bytes ? t1_bytes : t2_bytes);
     int end = ring + (t1_bytes > stages * halo_stage ? t1_bytes : stages * halo_stage);
     if (project && tile_ring + stages * tile_stage > end) end = tile_ring + stages * tile_stage;
@@ -113,7 +115,6 @@ struct BottleneckTile {
 
   // The tape's ring.
   int next = 0;    // slice to be asked for
-  int run = 0;     // and its number in its chunk
   int stage = -1;  // of the slice being consumed
 
   // ---- Sizes; with one chunk nearly all of them are constants ----
@@ -231,7 +232,11 @@ struct BottleneckTile {
     }
   }
 
+  // What of x a slice that is asked for may need.
+  enum class Input { none, halo, tile };
+
   // Asks for the next slice of the tape and for what of x belongs to it.
+  template <Input input>
   HGFAST_DEVICE void ask() {
     if (next < slices()) {
       const int to_stage = next % Config::stages;
@@ -242,19 +247,19 @@ struct BottleneckTile {
 #pragma unroll
       for (int i = 0; i < Config::weights_stage; i += kThreads * 16) copy_async(to + i, from + i);
 
-      if (next == conv3_begin()) run = 0;
-      if (next < conv2_begin()) {
-        ask_for_input<Config::halo_rows>(
-            memory() + at().halo_ring + to_stage * Config::halo_stage, run * kSliceColumns,
-            [&](int row, int i) { return i < 0 ? offset_in_halo(row) : halo_offset[i]; });
-        if (++run == in_slices()) run = 0;
-      } else if (next >= conv3_begin()) {
-        if (run >= middle_slices())
+      if constexpr (input == Input::halo) {
+        if (next < conv2_begin())
+          ask_for_input<Config::halo_rows>(
+              memory() + at().halo_ring + to_stage * Config::halo_stage,
+              (Config::single ? next : next % in_slices()) * kSliceColumns,
+              [&](int row, int i) { return i < 0 ? offset_in_halo(row) : halo_offset[i]; });
+      }
+      if constexpr (input == Input::tile) {
+        const int slice = (next - conv3_begin()) % output_slices() - middle_slices();
+        if (next >= conv3_begin() && slice >= 0)
           ask_for_input<Config::tile_pixels>(
-              memory() + at().tile_ring + to_stage * Config::tile_stage,
-              (run - middle_slices()) * kSliceColumns,
+              memory() + at().tile_ring + to_stage * Config::tile_stage, slice * kSliceColumns,
               [&](int row, int) { return offset_in_tile(row); });
-        if (++run == output_slices()) run = 0;
       }
       ++next;
     }
@@ -262,15 +267,16 @@ struct BottleneckTile {
   }
 
   HGFAST_DEVICE void begin() {
-    for (int i = 0; i < Config::stages - 1; ++i) ask();
+    for (int i = 0; i < Config::stages - 1; ++i) ask<Input::halo>();
   }
 
   // To the next slice. The barrier shows everyone's copies to everyone, and says that nobody reads
   // the slice before any more, whose stage is filled again at once.
+  template <Input input>
   HGFAST_DEVICE void step() {
     wait_copies<Config::stages - 2>();
     sync_block();
-    ask();
+    ask<input>();
     stage = stage == Config::stages - 1 ? 0 : stage + 1;
   }
 
@@ -351,7 +357,7 @@ struct BottleneckTile {
       float sums[Config::halo_m][Config::n][4];
       start(sums, p.b1, chunk);
       for (int slice = 0; slice < in_slices(); ++slice) {
-        step();
+        step<Input::halo>();
         const Shared from = memory() + at().halo_ring + stage * Config::halo_stage +
                             warp_m * Config::halo_m * 16 * Config::slice_row;
 #pragma unroll
@@ -392,8 +398,9 @@ struct BottleneckTile {
       start(sums, p.b2, chunk);
       for (int tap = 0; tap < 9; ++tap) {
         const int shift = tap / 3 * Config::halo_w + tap % 3;
+#pragma unroll 1  // or its addresses take the registers of the sums
         for (int slice = 0; slice < middle_slices(); ++slice) {
-          step();
+          step<Config::early ? Input::tile : Input::none>();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             multiply(sums, half, [&](int i, uint32_t (&a)[4]) {
@@ -413,7 +420,7 @@ struct BottleneckTile {
       float sums[Config::tile_m][Config::n][4];
       start(sums, p.b3, chunk);
       for (int slice = 0; slice < output_slices(); ++slice) {
-        step();
+        step<Input::tile>();
         const Shared input = memory() + at().tile_ring + stage * Config::tile_stage;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
