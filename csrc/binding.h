@@ -105,6 +105,41 @@ inline BottleneckChannels check_bottleneck(const std::string& where, const at::D
   return {in, middle, out};
 }
 
+// A convolution's weights and settings.
+inline void check_conv(const std::string& where, const at::Device& device, const at::Tensor& weight,
+                       const at::Tensor& bias, const std::optional<at::Tensor>& scale,
+                       const std::optional<at::Tensor>& shift, at::IntArrayRef stride,
+                       at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(weight.dim() == 4, where,
+                    ": expected weight of shape (out, in, kernel height, kernel width), given ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(weight.numel() > 0, where, ": expected a weight that is not empty, given ",
+                    weight.sizes());
+  check_weight(where, "weight", weight, weight.sizes(), device);
+  check_weight(where, "bias", bias, {weight.size(0)}, device);
+  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
+                    ": expected both scale and shift or neither, given only ",
+                    scale.has_value() ? "scale" : "shift");
+  if (scale) {
+    check_weight(where, "scale", *scale, {weight.size(1)}, device);
+    check_weight(where, "shift", *shift, {weight.size(1)}, device);
+  }
+  TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, where,
+                    ": expected two strides of at least 1, given ", stride);
+  TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, where,
+                    ": expected two paddings of at least 0, given ", padding);
+}
+
+inline void check_conv_input(const std::string& where, const Shape& x, int64_t channels,
+                             at::IntArrayRef kernel, at::IntArrayRef padding) {
+  TORCH_CHECK_VALUE(x.channels == channels, where, ": expected x of ", channels,
+                    " channels, as the weight has, given ", x);
+  TORCH_CHECK_VALUE(x.height + 2 * padding[0] >= kernel[0] && x.width + 2 * padding[1] >= kernel[1],
+                    where,
+                    ": expected x, with its padding, to be at least as large as the kernel of ",
+                    kernel[0], "x", kernel[1], ", given ", x);
+}
+
 // What a map must be, to be enlarged `1 << shift` times onto a map of shape `full`.
 inline Shape reduced(const std::string& where, const Shape& full, int shift) {
   const int64_t rest = (int64_t{1} << shift) - 1;

@@ -119,24 +119,7 @@ struct ConvWeights {
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
               at::IntArrayRef stride, at::IntArrayRef padding, bool relu) {
-    TORCH_CHECK_VALUE(weight.dim() == 4, where,
-                      ": expected weight of shape (out, in, kernel height, kernel width), given ",
-                      weight.sizes());
-    TORCH_CHECK_VALUE(weight.numel() > 0, where, ": expected a weight that is not empty, given ",
-                      weight.sizes());
-    check_weight(where, "weight", weight, weight.sizes(), at::kCPU);
-    check_weight(where, "bias", bias, {weight.size(0)}, at::kCPU);
-    TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
-                      ": expected both scale and shift or neither, given only ",
-                      scale.has_value() ? "scale" : "shift");
-    if (scale) {
-      check_weight(where, "scale", *scale, {weight.size(1)}, at::kCPU);
-      check_weight(where, "shift", *shift, {weight.size(1)}, at::kCPU);
-    }
-    TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, where,
-                      ": expected two strides of at least 1, given ", stride);
-    TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, where,
-                      ": expected two paddings of at least 0, given ", padding);
+    check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding);
     params.element = element;
     params.out = weight.size(0);
     params.in = weight.size(1);
@@ -160,13 +143,8 @@ struct ConvWeights {
   }
 
   cpu::ConvParams at(const std::string& where, const Shape& x) const {
-    TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
-                      " channels, as the weight has, given ", x);
-    TORCH_CHECK_VALUE(x.height + 2 * params.pad_h >= params.kernel_h &&
-                          x.width + 2 * params.pad_w >= params.kernel_w,
-                      where,
-                      ": expected x, with its padding, to be at least as large as the kernel of ",
-                      params.kernel_h, "x", params.kernel_w, ", given ", x);
+    check_conv_input(where, x, params.in, {params.kernel_h, params.kernel_w},
+                     {params.pad_h, params.pad_w});
     cpu::ConvParams p = params;
     p.batch = x.batch;
     p.height = x.height;

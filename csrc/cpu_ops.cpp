@@ -83,6 +83,8 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   return y;
 }
 
+static_assert(cpu::UpsampleAddParams::kMaps == kUpsampledMaps);
+
 Tensor upsample_add_maps(at::TensorList lows, const Tensor& skip, bool relu) {
   const char* where = "hgfast::upsample_add";
   const auto& kernels = cpu::kernels();

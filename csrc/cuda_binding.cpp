@@ -203,6 +203,14 @@ std::string CudaBottleneck::obstacle(const at::Device& device, int64_t in, int64
                   " bytes of shared memory, and this GPU has ", shared_bytes);
 }
 
+std::string cuda_obstacle(const at::Device& device) {
+  const c10::OptionalDeviceGuard guard(device);
+  const cudaError_t error = cuda::runs_here();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+static_assert(cuda::UpsampleAddParams::kMaps == kUpsampledMaps);
+
 Tensor cuda_upsample_add(at::TensorList lows, const Tensor& skip, bool relu) {
   const char* where = "hgfast::upsample_add";
   const Shape shape = map_shape(where, "skip", skip);

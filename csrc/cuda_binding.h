@@ -56,6 +56,9 @@ class CudaBottleneck {
   at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
 };
 
+// Why this build has no code for a device, in words; "" if it has.
+std::string cuda_obstacle(const at::Device& device);
+
 at::Tensor cuda_upsample_add(at::TensorList lows, const at::Tensor& skip, bool relu);
 
 }  // namespace hgfast

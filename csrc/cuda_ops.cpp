@@ -16,13 +16,18 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using NoGradient = at::AutoDispatchBelowADInplaceOrView;  // of what the ops ask torch to do
+
+// What the ops ask torch to do has no gradient, and the dtypes that it is asked to have.
+struct Inference {
+  at::AutoDispatchBelowADInplaceOrView no_gradient;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& w1,
                   const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& w3,
                   const Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
                   const OptionalTensor& low) {
-  const NoGradient guard;
+  const Inference guard;
   const CudaBottleneck block("hgfast::bottleneck", x.scalar_type(), scale, shift, w1, b1, w2, b2,
                              w3, b3, wp, bp, /*relu=*/false);
   return block.run(x, low, /*pool=*/false);
@@ -32,12 +37,14 @@ Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, con
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
             const OptionalTensor& shift, at::IntArrayRef stride, at::IntArrayRef padding, bool relu,
             const OptionalTensor& add) {
-  const NoGradient guard;
+  const Inference guard;
   const char* where = "hgfast::conv";
-  shape_of(where, "x", x);
-  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
-                    ": expected both scale and shift or neither, given only ",
-                    scale ? "scale" : "shift");
+  const Shape shape = shape_of(where, "x", x);
+  const auto type = x.scalar_type();
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, where,
+                    ": expected x in float32, bfloat16 or float16, given ", type);
+  check_conv(where, x.device(), weight, bias, scale, shift, stride, padding);
+  check_conv_input(where, shape, weight.size(1), weight.sizes().slice(2), padding);
   Tensor t = x.contiguous(at::MemoryFormat::ChannelsLast);
   if (scale) {
     const auto channels = [&](const Tensor& v) { return v.to(at::kFloat).view({1, -1, 1, 1}); };

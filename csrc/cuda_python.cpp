@@ -32,6 +32,8 @@ void bind_cuda(pybind11::module_& m) {
       .def("tensors", &CudaBottleneck::tensors)
       .def_static("obstacle", torch::wrap_pybind_function(&CudaBottleneck::obstacle), arg("device"),
                   arg("in"), arg("middle"), arg("out"), arg("project"));
+  m.def("cuda_obstacle", torch::wrap_pybind_function(&cuda_obstacle), arg("device"),
+        "Why this build has no code for a device, in words; empty if it has.");
   m.def(
       "bottleneck_variants",
       [] {

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace hgfast {
@@ -94,6 +95,12 @@ class DictState {
   bool same_objects() const { return has_tag(dict_.ptr(), tag_) || walk(); }
   void prefetch() const { __builtin_prefetch(dict_.ptr()); }
   const std::vector<py::object>& values() const { return values_; }
+
+  template <class Visit>
+  void visit(const Visit& visit) const {
+    visit(dict_);
+    for (const py::object& value : values_) visit(value);
+  }
 
  private:
   bool walk() const {
@@ -189,6 +196,29 @@ class Watch {
     return same_weights ? Finding::none : Finding::weights;
   }
 
+  // For the garbage collector: a module's attributes lead to its region, which owns this watch, and
+  // a watch owns the attributes. Unseen, that circle would keep every optimised model for ever.
+  template <class Visit>
+  void visit(const Visit& visit) const {
+    for (const DictState& state : structure_) state.visit(visit);
+    for (const DictState& state : weights_) state.visit(visit);
+    for (const Attributes& attributes : attributes_) visit(attributes.dict);
+    for (const py::object& dict : modes_) visit(dict);
+    for (const py::object& dict : hooks_) visit(dict);
+  }
+  void clear() {
+    // Moved out first: what goes with them may come back here.
+    const auto gone = std::make_tuple(std::move(structure_), std::move(weights_),
+                                      std::move(attributes_), std::move(modes_), std::move(hooks_));
+    structure_ = {};
+    weights_ = {};
+    attributes_ = {};
+    modes_ = {};
+    hooks_ = {};
+    tensors_.clear();
+    storages_.clear();
+  }
+
  private:
   void watch_tensor(const py::object& value) {
     if (!THPVariable_Check(value.ptr())) return;
@@ -223,12 +253,41 @@ class Watch {
   std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;
 };
 
+// The watch inside a Python object; null while that is being made.
+Watch* watch_of(PyObject* self) {
+  auto inside = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return inside.holder_constructed() ? static_cast<Watch*>(inside.value_ptr()) : nullptr;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  int result = 0;
+  if (const Watch* watch = watch_of(self))
+    watch->visit([&](const py::object& owned) {
+      if (result == 0 && owned) result = visit(owned.ptr(), arg);
+    });
+  return result;
+}
+
+int clear(PyObject* self) {
+  if (Watch* watch = watch_of(self)) watch->clear();
+  return 0;
+}
+
+void collect_garbage(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = traverse;
+  type.tp_clear = clear;
+}
+
 }  // namespace
 
 void bind_watch(py::module_& m) {
   py::class_<Watch>(m, "Watch",
                     "A snapshot of modules: Watch([(module, training mode changes what it does, it "
-                    "is one of PyTorch's own layers)]).")
+                    "is one of PyTorch's own layers)]).",
+                    py::custom_type_setup(collect_garbage))
       .def(py::init<const std::vector<Watch::Watched>&>(), py::arg("modules"))
       .def(
           "check",

@@ -157,12 +157,11 @@ def upsample_add(low: Tensor | Sequence[Tensor], skip: Tensor, relu: bool = Fals
         RuntimeError: hgfast was installed without its compiled part.
     """
     _require()
-    if isinstance(low, Tensor) and not relu:
-        result: Tensor = torch.ops.hgfast.upsample_add(low, skip)
-    else:
-        lows = [low] if isinstance(low, Tensor) else list(low)
-        result = torch.ops.hgfast.upsample_add.maps(lows, skip, relu)
-    return result
+    if not isinstance(low, Tensor):
+        result: Tensor = torch.ops.hgfast.upsample_add.maps(list(low), skip, relu)
+        return result
+    result = torch.ops.hgfast.upsample_add(low, skip)
+    return result.relu_() if relu else result
 
 
 def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:

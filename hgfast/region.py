@@ -16,6 +16,7 @@ import threading
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,7 @@ class _State:
     reason: str | None  # why there is no executor
     dtype: torch.dtype | None
     device: torch.device | None
+    device_type: str  # "" where there is no executor
 
 
 class Region:
@@ -88,23 +90,15 @@ class Region:
         self._notices = notices
         self._lock = threading.RLock()
         self._state: _State | None = None
-        self._captured: list[Executor] = []  # whose packed weights CUDA graphs point to
         self._is_current = True  # whether the plan is known to be that of the module
 
     # Caches and locks stay behind when a model is copied or pickled.
     def __getstate__(self) -> dict[str, Any]:
-        mine = ("_lock", "_state", "_captured")
-        return {k: v for k, v in self.__dict__.items() if k not in mine}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_state")}
 
     # A copy may have been changed since the plan was read, so it reads its own.
     def __setstate__(self, state: dict[str, Any]) -> None:
-        own: dict[str, Any] = {
-            "_lock": threading.RLock(),
-            "_state": None,
-            "_captured": [],
-            "_is_current": False,
-        }
-        self.__dict__.update(state, **own)
+        self.__dict__.update(state, _lock=threading.RLock(), _state=None, _is_current=False)
 
     def install(self) -> None:
         """Put the region behind its module's forward."""
@@ -126,8 +120,10 @@ class Region:
             watch = native.Watch(_watched(self.module)) if native else None
             chosen = choose(self.plan, used, self.precision)
             executor, reason = (None, chosen) if isinstance(chosen, str) else (chosen, None)
-            first = next(iter(used.values()))
-            self._state = _State(self.plan, watch, executor, reason, first.dtype, first.device)
+            first = next(iter(used.values()), torch.empty(0))
+            self._state = _State(
+                self.plan, watch, executor, reason, first.dtype, first.device, first.device.type
+            )
             return self._state
 
     def recognise(self) -> _State:
@@ -149,42 +145,38 @@ class Region:
                 native = _native.load()
                 watch = native.Watch(_watched(self.module)) if native else None
                 reason = f"since it was changed or copied, {error}"
-                self._state = _State(self.plan, watch, None, reason, None, None)
+                self._state = _State(self.plan, watch, None, reason, None, None, "")
                 return self._state
 
     @property
     def backend(self) -> str:
         """What runs the Plan, in a few words."""
-        executor = self._up_to_date()[0].executor
-        return executor.backend if executor else "eager"
+        state = self._up_to_date()[0]
+        return state.executor.backend if state and state.executor else "eager"
 
     def paths(self) -> list[tuple[Step, str]]:
         """Every step, and what runs it, in a few words."""
         state = self._up_to_date()[0]
-        executor = state.executor
-        return [(s, executor.path(s) if executor else "eager") for s in state.plan.steps]
+        executor = state.executor if state else None
+        return [(s, executor.path(s) if executor else "eager") for s in self.plan.steps]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             # A packed plan is a handle that no graph can carry away, and nothing would guard it.
             return self.eager(*args, **kwargs)
-        capturing = self._is_capturing()
-        if capturing and self._state is None:
-            outputs = self.eager(*args, **kwargs)
-            self._notices.add(self.name, "its first call since it was copied is in a CUDA graph")
-            return outputs
-        state, reason = self._up_to_date(capturing)
-        if capturing and state.executor is not None and state.executor not in self._captured:
-            self._captured.append(state.executor)
+        state, reason = self._up_to_date()
         inputs = self.bind(args, kwargs)
-        reason = reason or self._obstacle(state, inputs)
-        if reason is None and state.executor is not None:
-            try:
-                values = state.executor.run(inputs)
-            except ValueError as error:  # shapes that do not fit: eager has the last word
-                reason = str(error)
-            else:
-                return fill_outputs(state.plan.outputs, values)
+        if state is not None:
+            reason = reason or self._obstacle(state, inputs)
+            if reason is None and state.executor is not None:
+                if state.executor.asynchronous and _is_capturing():
+                    _keep_for_graphs(self.module, state.executor)
+                try:
+                    values = state.executor.run(inputs)
+                except ValueError as error:  # shapes that do not fit: eager has the last word
+                    reason = str(error)
+                else:
+                    return fill_outputs(state.plan.outputs, values)
         outputs = self.eager(*args, **kwargs)  # where the input is wrong, this raises
         self._notices.add(self.name, reason or "it has no executor")
         return outputs
@@ -206,29 +198,19 @@ class Region:
         """The arguments of a call in the order of the forward's parameters."""
         return self.__signature__.bind(*args, **kwargs).args if kwargs else args
 
-    def _is_capturing(self) -> bool:
-        """Whether a CUDA graph records this call. Packing weights would become a part of it."""
-        state = self._state
-        first = next(self.module.parameters(), None) if state is None else None
-        device = state.device if state else first.device if first is not None else None
-        return (
-            device is not None
-            and device.type == "cuda"
-            and torch.cuda.is_current_stream_capturing()
-        )
+    def _up_to_date(self) -> tuple[_State | None, str | None]:
+        """The state that fits the module as it is now, and why eager must run, if it must.
 
-    def _up_to_date(self, capturing: bool = False) -> tuple[_State, str | None]:
-        """The state that fits the module as it is now, and why eager must run, if it must."""
-        state = self._state or self.pack()
-        finding = self._finding(state)
-        if capturing and finding in ("structure", "weights"):
-            return state, "its weights changed since they were packed, and a CUDA graph is captured"
-        if finding == "structure":
-            state = self.recognise()
+        While a CUDA graph is captured nothing is packed: it would become a part of the graph.
+        """
+        state = self._state
+        finding = "weights" if state is None else self._finding(state)
+        if finding in ("structure", "weights"):
+            if _is_capturing():
+                return None, "a CUDA graph is captured and its weights were not packed before"
+            state = self.recognise() if finding == "structure" else self.pack()
             finding = self._finding(state)
-        elif finding == "weights":
-            state = self.pack()
-            finding = self._finding(state)
+        assert state is not None
         return state, _EAGER_FINDINGS.get(finding, state.reason)
 
     @staticmethod
@@ -241,7 +223,7 @@ class Region:
         """Why this call cannot take the fast path, as far as the call itself tells."""
         if os.environ.get(DISABLE, "0") not in ("", "0"):
             return f"{DISABLE} is set"
-        if state.device is not None and torch.is_autocast_enabled(state.device.type):
+        if state.device_type and torch.is_autocast_enabled(state.device_type):
             return "autocast is enabled"
         if (
             torch._C._len_torch_dispatch_stack()
@@ -271,6 +253,23 @@ class Region:
         if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
         return None
+
+
+#: Executors whose packed weights a CUDA graph points to. They live as long as the module does, as
+#: its parameters, to which an eager graph would point: whatever was packed or restored since.
+_captured: WeakKeyDictionary[nn.Module, list[Executor]] = WeakKeyDictionary()
+
+
+def _keep_for_graphs(module: nn.Module, executor: Executor) -> None:
+    kept = _captured.setdefault(module, [])
+    if executor not in kept:
+        kept.append(executor)
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph records what this thread does."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:

@@ -12,6 +12,7 @@ import torch
 from networks import PreactBlock, image, randomise
 from op_checks import needs_native
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hgfast
 from hgfast.models import hourglass
@@ -110,20 +111,76 @@ def test_pooling_becomes_a_prologue_where_one_block_reads_it(kernels: cuda.Kerne
     assert len(executor._launches) == len(plan.steps) - len(read_once)
 
 
-def test_a_value_that_is_read_twice_stays(kernels: cuda.Kernels) -> None:
-    class PooledTwice(nn.Module):
+class Pooled(nn.Module):
+    """A pooling, a block that reads its result, and perhaps a join that reads it too."""
+
+    def __init__(self, channels: int, again: bool, given: bool) -> None:
+        super().__init__()
+        self.block = PreactBlock(channels, channels)
+        self.pool = nn.MaxPool2d(2)
+        self.again, self.given = again, given
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        low = self.pool(x)
+        y = self.block(low)
+        if self.again:
+            y = y + low
+        return (y, low) if self.given else (y,)
+
+
+@pytest.mark.parametrize(
+    ("channels", "again", "given", "fused"),
+    [
+        (32, False, False, True),
+        (32, True, False, False),  # something else reads it
+        (32, False, True, False),  # the caller wants it
+        (24, False, False, False),  # the block has no kernel to fuse it into
+    ],
+)
+def test_when_a_pooling_is_fused(
+    channels: int, again: bool, given: bool, fused: bool, kernels: cuda.Kernels
+) -> None:
+    torch.manual_seed(0)
+    model = randomise(Pooled(channels, again, given)).eval()
+    plan, executor = executor_of(model, torch.bfloat16, "medium", kernels)
+    assert (len(executor._launches) == len(plan.steps) - 1) == fused
+    x = torch.randn(1, channels, 9, 8)
+    assert_as_good_as_eager(model, torch.bfloat16, x, kernels)
+
+
+@pytest.mark.parametrize("channels", [16, 12])
+def test_a_join_without_a_kernel(channels: int, kernels: cuda.Kernels) -> None:
+    class Joined(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block = PreactBlock(16, 16)
-            self.pool = nn.MaxPool2d(2)
+            self.block = PreactBlock(32, 32)
+            self.narrow = nn.Conv2d(32, channels, 1)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            low = self.pool(x)
-            return self.block(low), low
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.narrow(self.block(x))
+            return F.interpolate(F.max_pool2d(y, 2), scale_factor=2, mode="nearest") + y
 
-    model = randomise(PooledTwice()).eval()
-    x = torch.randn(1, 16, 8, 8)
-    assert_as_good_as_eager(model, torch.bfloat16, x, kernels)
+    torch.manual_seed(0)
+    model = randomise(Joined()).eval()
+    plan, executor = executor_of(model, torch.bfloat16, "medium", kernels)
+    path = "cuda bfloat16" if channels == 16 else "eager: its 12 channels are no multiple of 8"
+    assert executor.path(plan.steps[-1]) == path
+    assert_as_good_as_eager(model, torch.bfloat16, torch.randn(1, 32, 8, 8), kernels)
+
+
+def test_packed_weights_are_the_executors_own(kernels: cuda.Kernels) -> None:
+    """Of blocks with a kernel, convolutions, and blocks that run eagerly."""
+    blocks = nn.Sequential(PreactBlock(16, 32), PreactBlock(32, 24), nn.Conv2d(24, 8, 1))
+    model = randomise(blocks).eval().bfloat16()
+    _, executor = executor_of(model, torch.bfloat16, "medium", kernels)
+    x = torch.randn(1, 16, 6, 6).bfloat16()
+    (before,) = executor.run([x]).values()
+    with torch.no_grad():
+        for tensor in tensors_of(model).values():
+            if tensor.is_floating_point():
+                tensor.mul_(2)
+    (after,) = executor.run([x]).values()
+    assert torch.equal(before, after)
 
 
 def test_a_block_without_a_kernel_runs_eagerly_among_the_others(kernels: cuda.Kernels) -> None:
@@ -181,20 +238,51 @@ def test_a_gpu_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     class Properties:
         name, major = "Old", 7
 
+    class Foreign(Properties):
+        name, major = "New", 13
+
     class Built:
         CudaBottleneck = None
 
         @staticmethod
         def build_info() -> dict[str, str]:
-            return {"cuda": "compiled, not linked"}
+            return {"cuda": "not built: torch is a CPU build", "cuda_archs": "9.0a"}
+
+        @staticmethod
+        def cuda_obstacle(device: torch.device) -> str:
+            return "no kernel image"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr("hgfast._native.load", lambda: Built)
     assert cuda.kernels_of(CPU) == "Old is older than compute capability 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Foreign)
+    assert cuda.kernels_of(CPU) == (
+        "hgfast was built for 9.0a, which New does not run (no kernel image)"
+    )
     del Built.CudaBottleneck
     assert cuda.kernels_of(CPU) == (
-        "hgfast was installed without CUDA kernels (compiled, not linked)"
+        "hgfast was installed without CUDA kernels (not built: torch is a CPU build)"
     )
+
+
+def test_a_plan_without_weights_is_left_alone() -> None:
+    class Join(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0) + x
+
+    with pytest.warns(hgfast.HgfastWarning, match="replaced nothing"):
+        fast = hgfast.optimize(Join())
+    assert hgfast.report(fast).replaced == []
+
+
+def test_a_gpu_is_asked_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Weight:
+        device, dtype = torch.device("cuda", 1), torch.bfloat16
+
+    plan = recognise(small_hourglass())
+    monkeypatch.setattr(cuda, "kernels_of", lambda device: f"nothing for {device}")
+    weights: Any = dict.fromkeys(plan.weights, Weight)
+    assert choice.choose(plan, weights, "highest") == "nothing for cuda:1"
 
 
 def test_weights_on_several_devices_are_left_alone() -> None:
@@ -258,11 +346,13 @@ def test_weights_changed_before_a_capture_mean_eager(monkeypatch: pytest.MonkeyP
     """Packing inside a capture would become a part of the graph."""
     model = small_hourglass().bfloat16()
     fast = hgfast.optimize(model)
-    monkeypatch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
+    monkeypatch.setattr("hgfast.region._is_capturing", lambda: True)
     with torch.inference_mode():
         fast(image().bfloat16())  # nothing changed: the fast path
         next(fast.parameters()).mul_(2)
-        with pytest.warns(hgfast.HgfastWarning, match="a CUDA graph is captured"):
+        with pytest.warns(
+            hgfast.HgfastWarning, match="a CUDA graph is captured and its weights were not packed"
+        ):
             y = fast(image().bfloat16())[0]
         assert torch.equal(y, hgfast.restore(fast)(image().bfloat16())[0])
 
@@ -270,30 +360,42 @@ def test_weights_changed_before_a_capture_mean_eager(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("on_emulated_gpu")
 def test_a_copy_is_not_packed_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = copy.deepcopy(hgfast.optimize(small_hourglass().bfloat16()))
-    monkeypatch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
-    with torch.inference_mode(), pytest.warns(hgfast.HgfastWarning, match="is in a CUDA graph"):
+    monkeypatch.setattr("hgfast.region._is_capturing", lambda: True)
+    with torch.inference_mode(), pytest.warns(hgfast.HgfastWarning, match="were not packed"):
         fast(image().bfloat16())
     assert all(region._state is None for region in regions_of(fast))
 
 
+@pytest.mark.parametrize("then", ["changed", "restored", "optimised anew"])
 @pytest.mark.usefixtures("on_emulated_gpu")
-def test_captured_weights_outlive_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_weights_live_as_long_as_the_model(
+    monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
     """A graph replays with the weights of its capture, whatever was packed since."""
     fast = hgfast.optimize(small_hourglass().bfloat16())
     (region,) = regions_of(fast)
     x = image().bfloat16()
     with torch.inference_mode():
         with monkeypatch.context() as patch:
-            patch.setattr("hgfast.region.Region._is_capturing", lambda region: True)
+            patch.setattr("hgfast.region._is_capturing", lambda: True)
             fast(x)
             fast(x)
         captured = weakref.ref(region._state.executor)
-        next(fast.parameters()).mul_(2)
-        fast(x)
+        if then == "changed":
+            next(fast.parameters()).mul_(2)
+            fast(x)
+            changed = region._state.executor is not captured()  # in an assert, pytest keeps it
+            assert changed
+    if then == "restored":
+        hgfast.restore(fast)
+    elif then == "optimised anew":
+        hgfast.optimize(fast, precision="medium", inplace=True)
+    del region
     gc.collect()
-    assert region._state.executor is not captured()
-    assert region._captured == [captured()]
-    assert copy.deepcopy(fast).forward._captured == []
+    assert captured() is not None
+    del fast
+    gc.collect()
+    assert captured() is None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

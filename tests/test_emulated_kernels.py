@@ -21,6 +21,8 @@ from op_checks import (
     bottleneck_reference,
     bottleneck_weights,
     cast,
+    conv_reference,
+    conv_weights,
     is_channels_last,
     needs_native,
     random_map,
@@ -450,12 +452,39 @@ def test_an_upsampled_sum_moves_what_it_must() -> None:
     assert c["minimum_bytes"] == (2 * skip.numel() + low.numel()) * 2
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "upsample_add", "upsample_add.maps"])
-def test_registration(op: str) -> None:
-    """The emulated ops have the schemas of the real ones."""
-    name, _, overload = op.partition(".")
-    real, emulated = (
-        getattr(getattr(getattr(torch.ops, space), name), overload or "default")._schema
-        for space in ("hgfast", "hgfast_emulated")
-    )
-    assert str(real).replace("hgfast::", "") == str(emulated).replace("hgfast_emulated::", "")
+# ---- conv ----
+
+
+def test_conv_keeps_the_contract_of_the_op() -> None:
+    """cuDNN's place is taken by the CPU's convolution; checks, dtypes and gradients are ours."""
+    w = conv_weights(16, 8, (3, 3), norm=True)
+    x = random_map(2, 16, 7, 9, dtype=torch.bfloat16)
+    weight = w["weight"].requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = ops.conv(x, weight, w["bias"], w["scale"], w["shift"], [2, 1], [1, 0], True)
+    assert y.dtype == x.dtype
+    assert not y.requires_grad
+    assert is_channels_last(y)
+    exact = conv_reference(x.double(), cast(w, torch.float64), (2, 1), (1, 0), relu=True)
+    eager = conv_reference(x, cast(w, x.dtype), (2, 1), (1, 0), relu=True)
+    assert_close(y, eager.detach(), exact.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": torch.ones(1)}, r"expected scale of shape \[16\], given \[1\]"),
+        ({"x": torch.zeros(1, 16, 5, 5).double()}, "expected x in float32, bfloat16 or float16"),
+        ({"weight": torch.ones(8, 16, 3, 3).int()}, "expected weight in float32"),
+        ({"bias": torch.ones(7)}, r"expected bias of shape \[8\], given \[7\]"),
+        ({"x": torch.zeros(1, 12, 5, 5)}, "expected x of 16 channels"),
+        ({"x": torch.zeros(1, 16, 2, 2)}, "to be at least as large as the kernel of 3x3"),
+        ({"stride": [0, 1]}, "expected two strides of at least 1"),
+        ({"padding": [-1, 0]}, "expected two paddings of at least 0"),
+    ],
+)
+def test_conv_with_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    w = conv_weights(16, 8, (3, 3), norm=True)
+    arguments = {"x": torch.zeros(1, 16, 5, 5), **w, "stride": [1, 1], "padding": [0, 0], **change}
+    with pytest.raises(ValueError, match=f"hgfast::conv: .*{message}"):
+        ops.conv(**arguments)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -263,6 +265,16 @@ def test_shared_modules_are_replaced_once() -> None:
     fast = hgfast.optimize(model)
     assert len(regions_of(fast)) == 1
     assert_same(fast, model, torch.randn(1, 16, 4, 4))
+
+
+def test_an_optimised_model_is_freed() -> None:
+    fast = hgfast.optimize(small_hourglass())
+    run(fast, image())
+    model, executor = weakref.ref(fast), weakref.ref(fast.forward._state.executor)
+    del fast
+    gc.collect()
+    assert model() is None
+    assert executor() is None
 
 
 # --- nothing replaced -----------------------------------------------------------------------

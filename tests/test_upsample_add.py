@@ -99,3 +99,24 @@ def test_compiles_whole() -> None:
         lambda a, b: ops.upsample_add(a, b) * 2, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(low, skip), ops.upsample_add(low, skip) * 2)
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+def test_several_maps_and_a_relu(dtype: torch.dtype) -> None:
+    skip = random_map(2, 17, 8, 16, dtype=dtype)
+    lows = [random_map(2, 17, 8 // n, 16 // n, dtype=dtype, seed=n) for n in (1, 2, 4, 8)]
+    total = skip.float()
+    for low, n in zip(lows, (1, 2, 4, 8), strict=True):
+        total = total + low.float().repeat_interleave(n, 2).repeat_interleave(n, 3)
+    assert torch.equal(ops.upsample_add(lows, skip), total.to(dtype))
+    assert torch.equal(ops.upsample_add(lows, skip, relu=True), total.relu().to(dtype))
+    one = ops.upsample_add(lows[1], skip, relu=True)
+    assert torch.equal(one, ops.upsample_add([lows[1]], skip, relu=True))
+    torch.library.opcheck(torch.ops.hgfast.upsample_add.maps, (lows, skip, True))
+
+
+def test_a_single_map_is_half_as_large() -> None:
+    skip = torch.zeros(1, 8, 8, 8)
+    for relu in (False, True):
+        with pytest.raises(ValueError, match=r"low of shape \[1, 8, 4, 4\], given"):
+            ops.upsample_add(torch.zeros(1, 8, 2, 2), skip, relu=relu)

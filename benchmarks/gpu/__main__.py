@@ -174,7 +174,9 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (default: 9.5)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results"
+        "--out",
+        type=Path,
+        help="folder of the results (default: benchmarks/results; of a rehearsal, the work folder)",
     )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "gpu", help="folder of the build and logs"
@@ -183,6 +185,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="measure items whose name this pattern finds")
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU")
     args = parser.parse_args()
+    if args.out is None:
+        args.out = args.work if args.rehearse else ROOT / "benchmarks" / "results"
     if unknown := set(args.steps) - set(STEPS):
         parser.error(f"unknown step {', '.join(sorted(unknown))}: expected {', '.join(STEPS)}")
     re.compile(args.only)

@@ -67,6 +67,9 @@ struct BottleneckTape {
 };
 BottleneckTape bottleneck_tape(int in, int middle, int out);
 
+// cudaSuccess if this build has machine code or PTX that the current device runs.
+cudaError_t runs_here();
+
 // What a block of threads may have of shared memory on the current device.
 cudaError_t shared_memory_of_a_block(int& bytes);
 

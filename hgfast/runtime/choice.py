@@ -14,6 +14,7 @@ from hgfast.runtime import cpu, cuda
 class Executor(Protocol):
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
+    asynchronous: bool  # whether a run is over before its work is, so that a CUDA graph records it
     backend: str  # "cpu avx2 float32", "cuda bfloat16": what runs it, the dtype of activations last
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -33,6 +34,8 @@ def choose(plan: Plan, weights: Mapping[str, Tensor], precision: str) -> Executo
     Raises:
         ValueError: a step's weights do not fit together.
     """
+    if not weights:
+        return "it has no weights"
     devices = {tensor.device for tensor in weights.values()}
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(devices) > 1:

@@ -33,6 +33,8 @@ def element_of(dtype: torch.dtype, precision: str) -> str:
 class CpuExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
+    asynchronous = False
+
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], precision: str) -> None:
         native = _native.load()
         if native is None:

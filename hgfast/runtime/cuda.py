@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hgfast import _native
-from hgfast.plan import Bottleneck, Conv, MaxPool, Plan, Step, output_values
+from hgfast.plan import (
+    Bottleneck,
+    Conv,
+    Convolution,
+    MaxPool,
+    Plan,
+    Step,
+    UpsampleAdd,
+    output_values,
+)
 from hgfast.runtime import reference
 from hgfast.runtime.folding import bottleneck_weights, conv_weights
 
@@ -37,13 +46,18 @@ class Kernels:
         self.ops = ops
         self.device = device
 
-    def obstacle(self, step: Step) -> str | None:
-        """Why no kernel takes this step, in words; None if one does, or cuDNN runs it."""
+    def obstacle(self, step: Step, channels: int | None = None) -> str | None:
+        """Why no kernel takes this step, in words; None if one does, or cuDNN runs it.
+
+        ``channels`` are those of the step's output, where known.
+        """
         if isinstance(step, Bottleneck):
             in_, middle = step.convs[0].channels
             out, project = step.convs[2].channels[1], step.project is not None
             reason: str = self.bottleneck.obstacle(self.device, in_, middle, out, project)
             return reason or None
+        if isinstance(step, UpsampleAdd) and channels is not None and channels % 8:
+            return f"its {channels} channels are no multiple of 8"
         return None
 
 
@@ -58,6 +72,10 @@ def kernels_of(device: torch.device) -> Kernels | str:
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 8:
         return f"{properties.name} is older than compute capability 8.0"
+    obstacle = native.cuda_obstacle(device)
+    if obstacle:
+        archs = native.build_info()["cuda_archs"]
+        return f"hgfast was built for {archs}, which {properties.name} does not run ({obstacle})"
     return Kernels(native, torch.ops.hgfast, device)
 
 
@@ -81,14 +99,37 @@ def unsupported(
                 'precision of a float32 model; precision="medium" is'
             )
         return f"its weights are {dtype}; the CUDA kernels take float32, bfloat16 and float16"
-    blocks = [step for step in plan.steps if isinstance(step, Bottleneck)]
-    reasons = [kernels.obstacle(step) for step in blocks]
-    # A few blocks without a kernel run eagerly among the others; with none, there is no gain.
+    channels = channels_of(plan)
+    reasons = [
+        kernels.obstacle(step, channels.get(step.output))
+        for step in plan.steps
+        if isinstance(step, (Bottleneck, UpsampleAdd))
+    ]
+    # A few steps without a kernel run eagerly among the others; with none, there is no gain.
     return reasons[0] if reasons and all(reasons) else None
+
+
+def channels_of(plan: Plan) -> dict[int, int]:
+    """Each value's channels, as far as the convolutions on the way tell."""
+    known: dict[int, int] = {}
+    for step in plan.steps:
+        parts = [part for part in step.parts if isinstance(part, Convolution)]
+        if parts:
+            known.setdefault(step.inputs[0], parts[0].channels[0])
+            last = step.convs[2] if isinstance(step, Bottleneck) else parts[-1]
+            known[step.output] = last.channels[1]
+    for step in plan.steps:  # the others keep the number
+        same = (*step.inputs, step.output)
+        found = next((known[number] for number in same if number in known), None)
+        if not step.parts and found is not None:
+            known.update(dict.fromkeys(same, found))
+    return known
 
 
 class CudaExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
+
+    asynchronous = True
 
     def __init__(
         self, plan: Plan, weights: Mapping[str, Tensor], precision: str, kernels: Kernels
@@ -101,6 +142,8 @@ class CudaExecutor:
         self._element = element
         self._kernels = kernels
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
+        self._channels = channels_of(plan)
+        self._fitting: set[tuple[torch.Size, ...]] = set()  # shapes of inputs seen to fit
         self._weights: list[Tensor] = []  # what was packed
         with torch.inference_mode():
             self._launches = self._arrange(plan.steps, weights)
@@ -117,7 +160,11 @@ class CudaExecutor:
         Raises:
             ValueError: a step cannot take what reaches it; the message names the step.
         """
-        self._plan.shapes(*(x.shape for x in inputs))  # raises where they do not fit
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._fitting:
+            self._plan.shapes(*shapes)  # raises where they do not fit
+            if len(self._fitting) < 64:
+                self._fitting.add(shapes)
         dtype, layout = inputs[0].dtype, torch.channels_last
         if inputs[0].is_contiguous():
             layout = torch.contiguous_format
@@ -135,6 +182,9 @@ class CudaExecutor:
                 number: values[number].to(dtype, memory_format=layout) for number in self._outputs
             }
 
+    def _obstacle(self, step: Step) -> str | None:
+        return self._kernels.obstacle(step, self._channels.get(step.output))
+
     def _tell_the_allocator(self) -> None:
         """That this stream reads the packed weights: once they are dropped, their memory waits."""
         stream = torch.cuda.current_stream(self._kernels.device)
@@ -145,7 +195,7 @@ class CudaExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
-        reason = self._kernels.obstacle(step)
+        reason = self._obstacle(step)
         if reason:
             return f"eager: {reason}"
         return f"cuDNN {self._name}" if isinstance(step, Conv) else self.backend
@@ -167,7 +217,7 @@ class CudaExecutor:
         fusing = {
             step.inputs[0]
             for step in steps
-            if isinstance(step, Bottleneck) and not self._kernels.obstacle(step)
+            if isinstance(step, Bottleneck) and not self._obstacle(step)
         }
         pools = {output: x for output, x in pools.items() if output in fusing}
 
@@ -190,9 +240,9 @@ class CudaExecutor:
         """One step with its weights bound, and the values it reads."""
         ops, x = self._kernels.ops, step.inputs[0]
         other = step.inputs[1] if len(step.inputs) > 1 else None
-        if self._kernels.obstacle(step):
+        if self._obstacle(step):
             cast = {
-                name: weights[name].to(self._element)
+                name: weights[name].to(self._element, copy=True)
                 for part in step.parts
                 for name in part.weights
             }
@@ -233,12 +283,5 @@ class CudaExecutor:
             return (lambda v: F.max_pool2d(v[x], 2)), step.inputs
         assert other is not None
         if step.kind == "upsample_add":
-
-            def upsample_add(v: Values) -> Tensor:
-                if v[x].shape[1] % 8:  # no 16-byte pieces for the kernel
-                    return reference.run_step(step, {}, v[x], v[other])
-                joined: Tensor = ops.upsample_add(v[x], v[other])
-                return joined
-
-            return upsample_add, step.inputs
+            return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
         return (lambda v: v[x] + v[other]), step.inputs
