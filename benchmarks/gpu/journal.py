@@ -11,6 +11,9 @@ from typing import Any
 
 Record = dict[str, Any]
 
+#: The candidate that stands in every item, and that ratios are to.
+OURS = "hgfast bf16 graph"
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: An item that ended so is not tried again. What ran out of time, or crashed, is.
@@ -80,6 +83,19 @@ class Journal:
         return {
             item for (_, item), record in self.latest(kind).items() if record["status"] in FINISHED
         }
+
+
+def ratio(m: Record, rows: list[Record], way: str) -> str:
+    """A measurement's time over ours of the same item, which was measured in the same turns."""
+    return next(
+        (
+            f"{m['seconds'][way]['median'] / ours['seconds'][way]['median']:.2f}"
+            for ours in rows
+            if ours["candidate"] == OURS
+            and all(ours[key] == m[key] for key in ("op", "size", "batch", "tier"))
+        ),
+        "",
+    )
 
 
 def code_hash() -> str:

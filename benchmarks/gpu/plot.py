@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.journal import Record
-from benchmarks.gpu.report import OURS, ratio
+from benchmarks.gpu.journal import OURS, Record, ratio
 
 #: What is drawn, with colour and marker. What else was measured is in the table.
 OPS = {

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.journal import Journal, Record
+from benchmarks.gpu.journal import OURS, Journal, Record, ratio
 
-OURS = "hgfast bf16 graph"
 #: The rivals shown beside it in the table of ops; the JSON has all.
 WAYS = {"cold": "L2 cold", "warm": "L2 warm", "stream": "back to back", "latency": "latency"}
 
@@ -243,19 +242,6 @@ def _networks(found: dict[str, Any]) -> list[str]:
             f"| {latency['median'] * 1e3:.3f} | {share} | {ratio(m, rows, 'stream')} |"
         )
     return [*lines, ""]
-
-
-def ratio(m: Record, rows: list[Record], way: str) -> str:
-    """Against ours of the same item: measured in the same turns."""
-    return next(
-        (
-            f"{m['seconds'][way]['median'] / ours['seconds'][way]['median']:.2f}"
-            for ours in rows
-            if ours["candidate"] == OURS
-            and all(ours[key] == m[key] for key in ("op", "size", "batch", "tier"))
-        ),
-        "",
-    )
 
 
 def _not_measured(found: dict[str, Any]) -> list[str]:
