@@ -96,7 +96,7 @@ def facts(torch_facts: dict[str, Any]) -> dict[str, Any]:
         "CPU": cpu.strip(),
         "cores": os.cpu_count(),
         "commit": said("git", "describe", "--always", "--dirty"),
-        "command": " ".join([sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
         "tools": {
             tool: (said(tool, "--version") or "missing").splitlines()[0]
             for tool in ("cmake", "ninja", "compute-sanitizer", "ncu", "cuobjdump")

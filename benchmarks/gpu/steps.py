@@ -118,7 +118,8 @@ def build(
     status = children.run(command, log, limit, environment)
     journal.add(
         "build", "build", {0: "ok", None: "timed out"}.get(status, "failed"),
-        command=" ".join(command), environment=environment, took=time.monotonic() - begun,
+        command=" ".join(["python", *command[1:]]), environment=environment,
+        took=time.monotonic() - begun,
         rehearsed=architecture is None, log=tail(log) if status != 0 else "",
     )  # fmt: skip
     return status == 0
