@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hgfast import metrics
 from hgfast.decoding import decode
 from hgfast.demo.canvas import Array
 from hgfast.demo.figures import HELD_OUT, OUTSIDE, render_many
@@ -57,9 +58,7 @@ def correct(predicted: Array, joints: Array, threshold: float = 0.2) -> NDArray[
     distance between left shoulder and right hip (Sapp and Taskar, "MODEC", CVPR 2013; the
     measure that Newell et al. report on FLIC).
     """
-    torso = np.linalg.norm(joints[:, _LEFT_SHOULDER] - joints[:, _RIGHT_HIP], axis=-1)
-    distance = np.linalg.norm(predicted - joints, axis=-1)
-    return np.asarray(distance <= threshold * torso[:, None])
+    return metrics.correct(predicted, joints, _torso(joints), threshold)
 
 
 def pck(
@@ -69,7 +68,11 @@ def pck(
 
     Occluded joints count, as they do on MPII; joints outside the image do not.
     """
-    return float(correct(predicted, joints, threshold)[visible != OUTSIDE].mean())
+    return metrics.pck(predicted, joints, _torso(joints), threshold, visible != OUTSIDE)
+
+
+def _torso(joints: Array) -> Array:
+    return np.asarray(np.linalg.norm(joints[:, _LEFT_SHOULDER] - joints[:, _RIGHT_HIP], axis=-1))
 
 
 def measure(model: Callable[[Tensor], Sequence[Tensor]], seeds: Sequence[int]) -> float:
