@@ -2,7 +2,11 @@
 // not fastest. What runs one network again and again is CpuPlan (cpu_plan.h).
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu_binding.h"
@@ -138,42 +142,190 @@ cpu::HeatmapType heatmap_type(const char* where, const Tensor& heatmaps) {
   }
 }
 
-std::tuple<Tensor, Tensor> decode(const Tensor& heatmaps, std::string_view method) {
-  const char* where = "hgfast::decode";
-  TORCH_CHECK_VALUE(method == "quarter", where, ": expected the method \"quarter\", given \"",
-                    method, "\"");
+using cpu::DecodeMethod;
+
+constexpr std::pair<const char*, DecodeMethod> kDecodeMethods[] = {
+    {"argmax", DecodeMethod::argmax},
+    {"quarter", DecodeMethod::quarter},
+    {"newell", DecodeMethod::newell},
+    {"princeton", DecodeMethod::princeton},
+    {"msra", DecodeMethod::msra},
+    {"dark", DecodeMethod::dark},
+    {"udp", DecodeMethod::udp},
+    {"megvii", DecodeMethod::megvii},
+    {"softargmax", DecodeMethod::softargmax},
+};
+
+// Whether a method starts from a cell, so that several peaks can be refined.
+bool refines_a_cell(DecodeMethod method) {
+  return method != DecodeMethod::megvii && method != DecodeMethod::softargmax;
+}
+
+DecodeMethod decode_method(const char* where, std::string_view name, bool topk) {
+  std::string known;
+  for (const auto& [other, method] : kDecodeMethods) {
+    if (topk && !refines_a_cell(method)) continue;
+    if (name == other) return method;
+    known += std::string(known.empty() ? "" : ", ") + other;
+  }
+  TORCH_CHECK_VALUE(false, where, ": expected a method out of ", known, ", given \"", name, "\"");
+}
+
+cpu::Heatmaps heatmaps_of(const Tensor& maps) {
+  return {maps.const_data_ptr(), maps.stride(0), maps.stride(1), maps.stride(2), maps.stride(3)};
+}
+
+// The weights of the Gaussian from the middle outwards, as reference.gaussian_taps has them.
+std::vector<float> gaussian_taps(int64_t blur) {
+  const auto normed = [](const std::vector<double>& taps) {
+    double rest = 0;
+    for (size_t i = 1; i < taps.size(); ++i) rest += taps[i];
+    std::vector<float> result;
+    for (const double tap : taps) result.push_back(static_cast<float>(tap / (taps[0] + 2 * rest)));
+    return result;
+  };
+  switch (blur) {
+    case 3:
+      return normed({2, 1});
+    case 5:
+      return normed({6, 4, 1});
+    case 7:
+      return normed({36, 28, 14, 4});
+    case 9:
+      return normed({60, 51, 30, 13, 4});
+  }
+  const double sigma = 0.3 * (static_cast<double>(blur - 1) / 2 - 1) + 0.8;
+  std::vector<double> taps;
+  for (int64_t i = 0; i <= blur / 2; ++i)
+    taps.push_back(std::exp(-static_cast<double>(i * i) / (2 * sigma * sigma)));
+  return normed(taps);
+}
+
+// What both overloads take beside the heatmaps and the method.
+struct DecodeOptions {
+  const OptionalTensor& flipped;
+  at::IntArrayRef joints;
+  bool shift, mean;
+  const OptionalTensor& matrix;
+  double origin_x, origin_y;
+  bool truncate;
+  int64_t blur;
+};
+
+void check_flipped(const char* where, const Tensor& flipped, const Tensor& heatmaps,
+                   at::IntArrayRef joints) {
+  TORCH_CHECK_VALUE(flipped.sizes() == heatmaps.sizes() &&
+                        flipped.scalar_type() == heatmaps.scalar_type() &&
+                        flipped.device() == heatmaps.device(),
+                    where, ": expected flipped like the heatmaps, ", heatmaps.sizes(), " ",
+                    heatmaps.scalar_type(), " on ", heatmaps.device(), ", given ", flipped.sizes(),
+                    " ", flipped.scalar_type(), " on ", flipped.device());
+  const auto count = heatmaps.size(1);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(joints.size()) == count, where, ": expected ", count,
+                    " joints, one per map, with flipped, given ", joints.size());
+  for (const auto joint : joints)
+    TORCH_CHECK_VALUE(0 <= joint && joint < count, where, ": expected joints from 0 to ", count - 1,
+                      ", given ", joint);
+}
+
+void check_matrix(const char* where, const Tensor& matrix, const Tensor& heatmaps) {
+  TORCH_CHECK_VALUE(matrix.dim() == 3 && matrix.size(0) == heatmaps.size(0) &&
+                        matrix.size(1) == 2 && matrix.size(2) == 3,
+                    where, ": expected matrix of shape [", heatmaps.size(0), ", 2, 3], given ",
+                    matrix.sizes());
+  TORCH_CHECK_VALUE(matrix.scalar_type() == at::kDouble, where,
+                    ": expected matrix in float64, given ", matrix.scalar_type());
+  TORCH_CHECK_VALUE(matrix.device() == heatmaps.device(), where, ": expected matrix on ",
+                    heatmaps.device(), ", given ", matrix.device());
+}
+
+// k = 0: one joint per map, and the results have no dimension of peaks.
+std::tuple<Tensor, Tensor> decode_maps(const char* where, const Tensor& heatmaps,
+                                       std::string_view method, int64_t k, int64_t window,
+                                       const DecodeOptions& options, double beta) {
+  cpu::DecodeParams p{};
+  p.method = decode_method(where, method, k > 0);
   TORCH_CHECK_VALUE(heatmaps.dim() == 4, where,
                     ": expected heatmaps of shape (batch, joints, height, width), given ",
                     heatmaps.sizes());
   TORCH_CHECK_VALUE(heatmaps.size(2) > 0 && heatmaps.size(3) > 0, where,
                     ": expected heatmaps with at least one row and column, given ",
                     heatmaps.sizes());
-  const auto type = heatmap_type(where, heatmaps);
-  const auto batch = heatmaps.size(0), joints = heatmaps.size(1);
-  const auto options = heatmaps.options().dtype(at::kFloat);
-  Tensor coords = at::empty({batch, joints, 2}, options);
-  Tensor scores = at::empty({batch, joints}, options);
+  p.type = heatmap_type(where, heatmaps);
+  if (options.flipped) check_flipped(where, *options.flipped, heatmaps, options.joints);
+  if (options.matrix) check_matrix(where, *options.matrix, heatmaps);
+  TORCH_CHECK_VALUE(options.blur >= 3 && options.blur % 2 == 1, where,
+                    ": expected an odd blur of at least 3 cells, given ", options.blur);
+  TORCH_CHECK_VALUE(beta > 0 && std::isfinite(beta), where,
+                    ": expected a positive, finite beta, given ", beta);
+
+  p.batch = heatmaps.size(0);
+  p.joints = heatmaps.size(1);
+  p.height = heatmaps.size(2);
+  p.width = heatmaps.size(3);
+  at::DimVector shape{p.batch, p.joints};
+  if (k) shape.push_back(k);
+  Tensor scores = at::empty(shape, heatmaps.options().dtype(at::kFloat));
+  shape.push_back(2);
+  Tensor coords = at::empty(shape, scores.options());
   if (scores.numel() == 0) return {coords, scores};
 
+  p.maps = heatmaps_of(heatmaps);
+  if (options.flipped) p.flipped = heatmaps_of(*options.flipped);
+  p.mirror = options.joints.data();
+  p.shift = options.shift;
+  p.mean = options.mean;
+  Tensor matrix;
+  if (options.matrix) {
+    matrix = options.matrix->contiguous();
+    p.matrix = matrix.const_data_ptr<double>();
+  }
+  p.origin_x = options.origin_x;
+  p.origin_y = options.origin_y;
+  p.truncate = options.truncate;
+  std::vector<float> taps;
+  if (p.method == DecodeMethod::dark || p.method == DecodeMethod::udp ||
+      p.method == DecodeMethod::megvii) {
+    taps = gaussian_taps(options.blur);
+    p.taps = taps.data();
+    // Taps that reach from every cell across both borders only add zeros.
+    p.reach = std::min(options.blur / 2, std::max(p.height, p.width) - 1);
+  }
+  p.beta = beta;
+  p.k = k;
+  p.window = window;
+  p.coords = coords.mutable_data_ptr<float>();
+  p.scores = scores.mutable_data_ptr<float>();
+
   const auto& kernels = cpu::kernels();
-  const cpu::DecodeParams p{type,
-                            batch,
-                            joints,
-                            heatmaps.size(2),
-                            heatmaps.size(3),
-                            heatmaps.stride(0),
-                            heatmaps.stride(1),
-                            heatmaps.stride(2),
-                            heatmaps.stride(3),
-                            heatmaps.const_data_ptr(),
-                            coords.mutable_data_ptr<float>(),
-                            scores.mutable_data_ptr<float>()};
   const int threads = at::get_num_threads();
   run_tasks(kernels.plan_decode(p, threads), [&](int64_t begin, int64_t end, void* scratch) {
     kernels.decode(p, threads, begin, end, scratch);
   });
   last_path() = {kernels.name, "decode"};
   return {coords, scores};
+}
+
+std::tuple<Tensor, Tensor> decode(const Tensor& heatmaps, std::string_view method,
+                                  const OptionalTensor& flipped, at::IntArrayRef joints, bool shift,
+                                  bool mean, const OptionalTensor& matrix, double origin_x,
+                                  double origin_y, bool truncate, int64_t blur, double beta) {
+  return decode_maps("hgfast::decode", heatmaps, method, 0, 0,
+                     {flipped, joints, shift, mean, matrix, origin_x, origin_y, truncate, blur},
+                     beta);
+}
+
+std::tuple<Tensor, Tensor> decode_topk(const Tensor& heatmaps, std::string_view method, int64_t k,
+                                       int64_t window, const OptionalTensor& flipped,
+                                       at::IntArrayRef joints, bool shift, bool mean,
+                                       const OptionalTensor& matrix, double origin_x,
+                                       double origin_y, bool truncate, int64_t blur) {
+  const char* where = "hgfast::decode.topk";
+  TORCH_CHECK_VALUE(k >= 1, where, ": expected k of at least 1, given ", k);
+  TORCH_CHECK_VALUE(window == 3 || window == 5, where, ": expected a window of 3 or 5, given ",
+                    window);
+  return decode_maps(where, heatmaps, method, k, window,
+                     {flipped, joints, shift, mean, matrix, origin_x, origin_y, truncate, blur}, 1);
 }
 
 }  // namespace
@@ -185,4 +337,5 @@ TORCH_LIBRARY_IMPL(hgfast, CPU, m) {
   m.impl("upsample_add", &hgfast::upsample_add);
   m.impl("upsample_add.maps", &hgfast::upsample_add_maps);
   m.impl("decode", &hgfast::decode);
+  m.impl("decode.topk", &hgfast::decode_topk);
 }

@@ -4,6 +4,7 @@
 
 #include <torch/library.h>
 
+#include <string>
 #include <vector>
 
 namespace hgfast {
@@ -30,8 +31,16 @@ inline void define_ops(torch::Library& m) {
   m.def("upsample_add(Tensor low, Tensor skip) -> Tensor", tags);
   m.def("upsample_add.maps(Tensor[] low, Tensor skip, bool relu=False) -> Tensor", tags);
 
-  // Heatmaps to joint coordinates in heatmap pixels, and their scores.
-  m.def("decode(Tensor heatmaps, str method) -> (Tensor coords, Tensor scores)", tags);
+  // Heatmaps to joint coordinates and scores, one or the k highest per map: merged with those of
+  // the mirrored image, and mapped into the image, on the way.
+  const std::string options =
+      "Tensor? flipped=None, int[] joints=[], bool shift=False, bool mean=True, "
+      "Tensor? matrix=None, float origin_x=0, float origin_y=0, bool truncate=False, int blur=11";
+  const std::string one = "decode(Tensor heatmaps, str method, " + options + ", float beta=1)";
+  const std::string several =
+      "decode.topk(Tensor heatmaps, str method, int k, int window=3, " + options + ")";
+  for (const std::string& arguments : {one, several})
+    m.def((arguments + " -> (Tensor coords, Tensor scores)").c_str(), tags);
 }
 
 }  // namespace hgfast

@@ -20,13 +20,14 @@ stands before a ReLU that starts a block; a BatchNorm right behind a convolution
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hgfast import _native
 
-__all__ = ["bottleneck", "conv", "decode", "upsample_add"]
+__all__ = ["bottleneck", "conv", "decode", "decode_topk", "upsample_add"]
 
 _available = _native.load() is not None
 
@@ -164,30 +165,99 @@ def upsample_add(low: Tensor | Sequence[Tensor], skip: Tensor, relu: bool = Fals
     return result.relu_() if relu else result
 
 
-def decode(heatmaps: Tensor, method: str = "quarter") -> tuple[Tensor, Tensor]:
-    """Joint coordinates and scores from heatmaps.
+def decode(
+    heatmaps: Tensor,
+    method: str = "quarter",
+    flipped: Tensor | None = None,
+    joints: Sequence[int] = (),
+    shift: bool = False,
+    mean: bool = True,
+    matrix: Tensor | None = None,
+    origin_x: float = 0.0,
+    origin_y: float = 0.0,
+    truncate: bool = False,
+    blur: int = 11,
+    beta: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Joint coordinates and scores from heatmaps, in one pass over them.
 
-    ``"quarter"`` moves a quarter of a pixel towards the higher neighbour, as Newell et al. do
-    (arXiv 1603.06937), with the bounds of Simple Baselines' and HRNet's public code: a joint is at
-    the heatmap's maximum (the first of equals, row by row), moved in x and in y where
-    ``1 < x < width - 1`` and ``1 < y < height - 1``, and nowhere else. A heatmap
-    without a positive value is an invisible joint: coordinates (0, 0), score as it is. With a NaN
-    in it: coordinates (0, 0), score NaN.
+    What is behind ``hgfast.decode``, which is the comfortable way in. The formulas of the methods,
+    of merging and of the way into the image stand in :mod:`hgfast.decoding.reference`, which has a
+    function of the same signature in plain PyTorch. On a CPU the kernels are compiled, on a GPU
+    they are Triton's.
 
     Args:
         heatmaps: ``(batch, joints, height, width)``; float32, bfloat16 or float16; any strides.
-        method: ``"quarter"``.
+        method: ``"argmax"``, ``"quarter"``, ``"newell"``, ``"princeton"``, ``"msra"``, ``"dark"``,
+            ``"udp"``, ``"megvii"`` or ``"softargmax"``.
+        flipped: heatmaps of the mirrored image, of the same shape and dtype, any strides.
+        joints: for each joint the map of ``flipped`` that shows it; needed with ``flipped``.
+        shift: move what is mirrored back one column to the right, column 0 kept.
+        mean: whether the mean of both is decoded, or else their sum.
+        matrix: ``(batch, 2, 3)``, float64, from heatmap cells to the image.
+        origin_x, origin_y: what is subtracted from a cell first.
+        truncate: whether the fraction of image coordinates is cut off.
+        blur: the Gaussian's size in cells for dark, udp and megvii; odd, at least 3.
+        beta: the factor of softargmax; positive.
 
     Returns:
-        ``coords``, ``(batch, joints, 2)``, float32: (x, y) in heatmap pixels, the first pixel's
-        centre at (0, 0); ``scores``, ``(batch, joints)``, float32: the maxima.
+        ``coords``, ``(batch, joints, 2)``, float32, (x, y); ``scores``, ``(batch, joints)``,
+        float32.
 
     Raises:
-        ValueError: not four dimensions, an empty map, another dtype, or an unknown method.
+        ValueError: a shape, dtype or number is not as above; the message tells the expected and the
+            given.
         RuntimeError: hgfast was installed without its compiled part.
     """
     _require()
-    coords, scores = torch.ops.hgfast.decode(heatmaps, method)
+    coords, scores = torch.ops.hgfast.decode(
+        heatmaps, method, flipped, joints, shift, mean, matrix, origin_x, origin_y, truncate, blur,
+        beta,
+    )  # fmt: skip
+    return coords, scores
+
+
+def decode_topk(
+    heatmaps: Tensor,
+    method: str,
+    k: int,
+    window: int = 3,
+    flipped: Tensor | None = None,
+    joints: Sequence[int] = (),
+    shift: bool = False,
+    mean: bool = True,
+    matrix: Tensor | None = None,
+    origin_x: float = 0.0,
+    origin_y: float = 0.0,
+    truncate: bool = False,
+    blur: int = 11,
+) -> tuple[Tensor, Tensor]:
+    """The k highest peaks of each heatmap: ``torch.ops.hgfast.decode.topk``.
+
+    A peak is a positive cell that no cell of the ``window`` x ``window`` around it exceeds. They
+    are ordered by value, equal ones by row and column; where there are fewer, the rest score 0.
+
+    Args:
+        heatmaps: as for :func:`decode`.
+        method: one of its methods, but not ``"megvii"`` or ``"softargmax"``.
+        k: how many; at least 1.
+        window: 3 or 5.
+        flipped, joints, shift, mean, matrix, origin_x, origin_y, truncate, blur: as for
+            :func:`decode`.
+
+    Returns:
+        ``coords``, ``(batch, joints, k, 2)``, and ``scores``, ``(batch, joints, k)``, float32.
+
+    Raises:
+        ValueError: a shape, dtype or number is not as above; the message tells the expected and the
+            given.
+        RuntimeError: hgfast was installed without its compiled part.
+    """
+    _require()
+    coords, scores = torch.ops.hgfast.decode.topk(
+        heatmaps, method, k, window, flipped, joints, shift, mean, matrix, origin_x, origin_y,
+        truncate, blur,
+    )  # fmt: skip
     return coords, scores
 
 
@@ -248,11 +318,21 @@ def _fake_upsample_add_maps(low: list[Tensor], skip: Tensor, relu: bool = False)
     return _map(skip, skip.shape[1], skip.shape[2], skip.shape[3])
 
 
-def _fake_decode(heatmaps: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def _fake_decode(heatmaps: Tensor, method: str, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     batch, joints = heatmaps.shape[:2]
     return (
         heatmaps.new_empty((batch, joints, 2), dtype=torch.float32),
         heatmaps.new_empty((batch, joints), dtype=torch.float32),
+    )
+
+
+def _fake_decode_topk(
+    heatmaps: Tensor, method: str, k: int, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    batch, joints = heatmaps.shape[:2]
+    return (
+        heatmaps.new_empty((batch, joints, k, 2), dtype=torch.float32),
+        heatmaps.new_empty((batch, joints, k), dtype=torch.float32),
     )
 
 
@@ -262,3 +342,4 @@ if _available:
     torch.library.register_fake("hgfast::upsample_add", _fake_upsample_add)
     torch.library.register_fake("hgfast::upsample_add.maps", _fake_upsample_add_maps)
     torch.library.register_fake("hgfast::decode", _fake_decode)
+    torch.library.register_fake("hgfast::decode.topk", _fake_decode_topk)

@@ -88,16 +88,42 @@ struct AddParams {
 
 enum class HeatmapType : int { float32, bfloat16, float16 };
 
-// Per heatmap (n of them, at data + strides): argmax (first of equals), score, and the quarter
-// offset towards the higher neighbour where 1 < x < width - 1 and 1 < y < height - 1.
-// score NaN: coordinates (0, 0). Maximum <= 0: an invisible joint, (0, 0), score = maximum.
+// How a place is found; formulas in hgfast/decoding/reference.py.
+enum class DecodeMethod : int {
+  argmax,
+  quarter,
+  newell,
+  princeton,
+  msra,
+  dark,
+  udp,
+  megvii,
+  softargmax
+};
+
+struct Heatmaps {
+  const void* data;
+  int64_t stride_b, stride_k, stride_h, stride_w;  // in elements, any
+};
+
+// Per heatmap one joint (k = 0), or its k highest peaks: coordinates and scores.
 struct DecodeParams {
   HeatmapType type;
+  DecodeMethod method;
   int64_t batch, joints, height, width;
-  int64_t stride_b, stride_k, stride_h, stride_w;  // in elements, any
-  const void* data;
-  float* coords;  // (batch, joints, 2): x, y in heatmap pixels
-  float* scores;  // (batch, joints)
+  Heatmaps maps;
+  Heatmaps flipped;       // of the mirrored image, to be merged with; data null: none
+  const int64_t* mirror;  // (joints): the map of `flipped` that shows this joint
+  bool shift, mean;       // mirrored back one column to the right; the mean, else the sum
+  const double* matrix;   // (batch, 2, 3), to the image, or null
+  double origin_x, origin_y;
+  bool truncate;      // image coordinates
+  int64_t reach;      // of the Gaussian, in cells to each side
+  const float* taps;  // (reach + 1): its weights from the middle outwards
+  double beta;        // of softargmax
+  int64_t k, window;  // peaks: no cell of window x window exceeds them
+  float* coords;      // (batch, joints, [k,] 2): x, y
+  float* scores;      // (batch, joints, [k])
 };
 
 // One instruction set's kernels. `plan_*` says how the work splits for so many threads;
