@@ -212,7 +212,8 @@ void CpuPlan::add(Id a, Id b, Id output) {
          });
 }
 
-void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs) {
+void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs,
+                     bool as_computed) {
   TORCH_CHECK(!finished_, "CpuPlan: the plan is finished already");
   TORCH_CHECK_VALUE(!inputs.empty() && !outputs.empty(),
                     "CpuPlan: expected at least one input and one output, given ", inputs.size(),
@@ -247,6 +248,7 @@ void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outpu
   inputs_ = std::move(input_slots);
   distinct_outputs_ = std::move(distinct);
   output_index_ = std::move(index);
+  as_computed_ = as_computed;
   finished_ = true;
 }
 
@@ -318,8 +320,8 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
   }
 
   const at::Tensor& first = inputs.front();
-  const bool to_nchw = is_nchw(first);
-  const cpu::Element to = element_of(first);
+  const bool to_nchw = !as_computed_ && is_nchw(first);
+  const cpu::Element to = as_computed_ ? element_ : element_of(first);
   const auto export_of = [&](Slot slot) {
     const auto found = std::find(distinct_outputs_.begin(), distinct_outputs_.end(), slot);
     return found == distinct_outputs_.end() ? -1 : found - distinct_outputs_.begin();
@@ -451,8 +453,11 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
                     " inputs, given ", inputs.size());
   const auto layout = layout_for(inputs);
   const at::Tensor& first = inputs.front();
-  const auto format =
-      is_nchw(first) ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  const bool to_nchw = !as_computed_ && is_nchw(first);
+  const auto format = to_nchw ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  auto options = first.options();
+  if (as_computed_)
+    options = options.dtype(element_ == cpu::Element::float32 ? at::kFloat : at::kBFloat16);
 
   const size_t values = id_of_.size();
   std::vector<void*> slots(values + inputs.size() + distinct_outputs_.size(), nullptr);
@@ -465,7 +470,7 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
   std::vector<at::Tensor> distinct;
   distinct.reserve(distinct_outputs_.size());
   for (const Output& output : layout->outputs) {
-    at::Tensor result = at::empty(output.shape.sizes(), first.options(), format);
+    at::Tensor result = at::empty(output.shape.sizes(), options, format);
     if (defined_by_[output.value] < 0) {
       const auto input = std::find(inputs_.begin(), inputs_.end(), output.value);
       result.copy_(inputs[input - inputs_.begin()].detach());

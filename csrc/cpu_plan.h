@@ -45,10 +45,12 @@ class CpuPlan {
   void max_pool(Id input, Id output);
   void upsample_add(Id low, Id skip, Id output);
   void add(Id a, Id b, Id output);
-  void finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs);
+  void finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs,
+              bool as_computed = false);
 
   // Inputs: (batch, channels, height, width), float32 or bfloat16, any strides. Outputs: fresh
-  // tensors in the first input's dtype; NCHW if the first input is, else channels_last.
+  // tensors in the first input's dtype; NCHW if the first input is, else channels_last. As
+  // computed: in the plan's own element type, channels_last.
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
 
   std::string path() const { return kernels_.name; }
@@ -126,6 +128,7 @@ class CpuPlan {
   const cpu::Kernels& kernels_;
   const cpu::Element element_;
   bool finished_ = false;
+  bool as_computed_ = false;
   std::vector<Step> steps_;
   std::unordered_map<Id, Slot> slot_of_;
   std::vector<Id> id_of_;               // per value

@@ -53,7 +53,8 @@ void bind_cpu_plan(py::module_& m) {
       .def("upsample_add", translated(&CpuPlan::upsample_add), arg("low"), arg("skip"),
            arg("output"))
       .def("add", translated(&CpuPlan::add), arg("a"), arg("b"), arg("output"))
-      .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"))
+      .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
+           arg("as_computed") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
       .def_property_readonly("path", &CpuPlan::path,
                              "The instruction set whose kernels the weights are packed for.");

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hgfast._warnings import HgfastWarning
+from hgfast.decoding import decode as decode_heatmaps
 from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
-from hgfast.region import DISABLE, Notices, Region, regions_of
+from hgfast.region import DISABLE, Forward, Notices, Region, regions_of
 from hgfast.reporting import Skipped
 from hgfast.trace import TraceError
 
@@ -37,6 +38,7 @@ class Optimization:
     """What an optimised model remembers, as a plain attribute of its root."""
 
     precision: str
+    decode: dict[str, Any] | None
     skipped: list[Skipped]
     notices: Notices
 
@@ -48,6 +50,12 @@ def optimization_of(model: nn.Module) -> Optimization | None:
     """What :func:`optimize` left on ``model``, or None for a model that is not optimised."""
     found = model.__dict__.get(_ATTRIBUTE)
     return found if isinstance(found, Optimization) else None
+
+
+def decode_of(model: nn.Module) -> dict[str, Any] | None:
+    """How ``model`` decodes its heatmaps, or None if it returns heatmaps."""
+    optimization = optimization_of(model)
+    return optimization.decode if optimization else None
 
 
 def precision_of(model: nn.Module) -> str | None:
@@ -62,6 +70,7 @@ def optimize(
     inplace: bool = False,
     strict: bool = False,
     example: Tensor | Sequence[Tensor] | None = None,
+    decode: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """Swap hgfast's kernels into a model, wherever its structure is recognised.
 
@@ -83,13 +92,19 @@ def optimize(
         example: an input (or a sequence of inputs) of the model. Modules that cannot be traced
             symbolically are then traced with real shapes, and every region is compared with
             eager on this example before it is swapped in.
+        decode: return keypoints instead of heatmaps: a method of :func:`hgfast.decode`, or its
+            ``method``, ``blur``, ``beta`` and ``topk`` by name. The model must return heatmaps
+            (B, K, H, W) or a list of them, and then returns what ``hgfast.decode`` makes of the
+            last. Where the whole model is replaced, these are decoded as the kernels leave them,
+            neither converted to the model's dtype nor copied; other outputs are not computed.
 
     Returns:
         The optimised model. ``hgfast.report`` says what was replaced.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example`` not made of tensors.
-        ValueError: ``precision`` is unknown, or ``model`` cannot be deep-copied.
+        ValueError: ``precision`` or ``decode`` is unknown, ``model`` cannot be deep-copied, or
+            returns something else than heatmaps where they are to be decoded.
         OptimizationError: nothing was replaced and ``strict`` is set.
     """
     if not isinstance(model, nn.Module):
@@ -98,21 +113,38 @@ def optimize(
         precision = torch.get_float32_matmul_precision()
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    decoding = None if decode is None else _decoding(decode)
+    own = model.__dict__.get("forward")
+    if decoding is not None and own is not None and not isinstance(own, Forward):
+        raise ValueError(
+            f"optimize cannot decode what {type(model).__name__} returns: it has a forward of its "
+            "own, set on the instance"
+        )
     inputs = _example_inputs(example)
-    if precision_of(model) == precision and regions_of(model):
+    if precision_of(model) == precision and decode_of(model) == decoding and regions_of(model):
         return model if inplace else _copy(model)
 
     target = model if inplace else _copy(model)
     restore(target)
-    optimization = Optimization(precision, [], Notices())
+    optimization = Optimization(precision, decoding, [], Notices())
     if os.environ.get(DISABLE, "0") not in ("", "0"):
         optimization.skipped.append(Skipped("", f"{DISABLE} is set"))
         target.__dict__[_ATTRIBUTE] = optimization
+        if decoding is not None:
+            Forward(target, decoding).install()
         return target
 
     regions = _find_regions(target, optimization, inputs)
     if inputs is not None:
         regions = _plausible(target, regions, inputs, optimization)
+    whole = next((region for region in regions if region.module is target), None)
+    if whole is not None and decoding is not None:
+        try:
+            whole.decode_with(decoding)
+        except ValueError as error:
+            raise ValueError(
+                f"optimize cannot decode what {type(model).__name__} returns: {error}"
+            ) from error
     if not regions:
         reason = optimization.skipped[0].reason if optimization.skipped else "it is empty"
         message = f"hgfast.optimize replaced nothing in {type(model).__name__}, because {reason}"
@@ -122,6 +154,8 @@ def optimize(
     target.__dict__[_ATTRIBUTE] = optimization
     for region in regions:
         region.install()
+    if whole is None and decoding is not None:
+        Forward(target, decoding).install()
     return target
 
 
@@ -132,7 +166,7 @@ def restore(fast: Model) -> Model:
     ``fast``; a model that is not optimised is returned as it is.
     """
     for module in fast.modules():
-        if isinstance(module.__dict__.get("forward"), Region):
+        if isinstance(module.__dict__.get("forward"), Forward):
             del module.__dict__["forward"]
         module.__dict__.pop(_ATTRIBUTE, None)
     return fast
@@ -166,6 +200,21 @@ def warmup(fast: Model, shapes: Sequence[int] | Iterable[Sequence[int]]) -> Mode
         for shape in every:
             fast(torch.zeros(tuple(shape), dtype=first.dtype, device=first.device))
     return fast
+
+
+def _decoding(decode: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of hgfast.decode that are asked for, tried out."""
+    named = {"method": decode} if isinstance(decode, str) else dict(decode)
+    decoding = {"method": "quarter", **named}
+    known = ("method", "blur", "beta", "topk")
+    unknown = [name for name in decoding if name not in known]
+    if unknown:
+        raise ValueError(
+            f"decode expects {', '.join(known)}, got {unknown[0]!r}; flip and transform change "
+            "with every call: hgfast.decode takes them"
+        )
+    decode_heatmaps(torch.zeros(1, 1, 2, 2), **decoding)
+    return decoding
 
 
 def _copy(model: Model) -> Model:

@@ -10,7 +10,7 @@ figure in the paper: one line per block, indented by resolution.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -262,6 +262,24 @@ class Plan:
         shapes = self.shapes(*inputs)
         return sum(step.flops(*(shapes[value] for value in step.inputs)) for step in self.steps)
 
+    def last_output(self) -> Plan:
+        """The Plan of the last output alone, without the steps that only others need.
+
+        Raises:
+            ValueError: the outputs are neither one value nor a list or tuple of values.
+        """
+        outputs = self.outputs
+        if isinstance(outputs, (list, tuple)) and outputs:
+            outputs = outputs[-1]
+        if not isinstance(outputs, int):
+            raise ValueError(f"its outputs are no list of heatmaps but {_outline(self.outputs)}")
+        needed, steps = {outputs}, []
+        for step in reversed(self.steps):
+            if step.output in needed:
+                needed.update(step.inputs)
+                steps.append(step)
+        return replace(self, steps=tuple(reversed(steps)), outputs=outputs)
+
     def __str__(self) -> str:
         level = dict.fromkeys(self.inputs, 0)
         lines = []
@@ -274,6 +292,15 @@ class Plan:
             indent = "  " * max(level[step.output], 0)
             lines.append(f"{indent}v{step.output} = {step.title} ({sources})  {step.name}".rstrip())
         return "\n".join(lines)
+
+
+def _outline(outputs: Any) -> str:
+    """A container in words, its values left out."""
+    if isinstance(outputs, dict):
+        return f"a dict with {', '.join(map(repr, outputs))}"
+    if isinstance(outputs, (list, tuple)) and outputs:
+        return f"a {type(outputs).__name__} that ends in {_outline(outputs[-1])}"
+    return f"a {type(outputs).__name__}" if not isinstance(outputs, int) else "a value"
 
 
 def output_values(outputs: Any) -> list[int]:

@@ -26,6 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hgfast import _native
 from hgfast._warnings import HgfastWarning
+from hgfast.decoding import decode
 from hgfast.plan import Plan, Step, fill_outputs
 from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime.choice import Executor, choose
@@ -70,20 +71,65 @@ class _State:
     device_type: str  # "" where there is no executor
 
 
-class Region:
-    """The forward of an optimised module.
+class Forward:
+    """What stands in for a module's forward, set on the instance.
 
     Attributes:
         module: the module whose forward this is.
+        decoding: the keywords with which :func:`hgfast.decode` turns its heatmaps into what it
+            returns; None where it returns them as they are.
+    """
+
+    def __init__(self, module: nn.Module, decoding: dict[str, Any] | None = None) -> None:
+        self.module = module
+        self.decoding = decoding
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decoded(self.eager(*args, **kwargs))
+
+    def install(self) -> None:
+        """Put it behind its module's forward."""
+        self.module.forward = self
+
+    # What introspection (torch.export, inspect.signature) asks of a forward.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> Any:
+        return type(self.module).forward.__code__
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the module's class."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def heatmaps(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call decodes, or returns where it decodes nothing."""
+        return self.eager(*args, **kwargs)
+
+    def both(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """What a call decodes, and what it returns."""
+        heatmaps = self.heatmaps(*args, **kwargs)
+        return heatmaps, self._decoded(heatmaps)
+
+    def _decoded(self, heatmaps: Any) -> Any:
+        return heatmaps if self.decoding is None else decode(heatmaps, **self.decoding)
+
+
+class Region(Forward):
+    """The forward of an optimised module.
+
+    Attributes:
         name: its qualified name in the optimised model, "" for the model itself.
-        plan: what is run.
+        plan: what the module computes.
         precision: "highest", "high" or "medium".
     """
 
     def __init__(
         self, module: nn.Module, name: str, plan: Plan, precision: str, notices: Notices
     ) -> None:
-        self.module = module
+        super().__init__(module)
         self.name = name
         self.plan = plan
         self.precision = precision
@@ -100,8 +146,16 @@ class Region:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock(), _state=None, _is_current=False)
 
+    def decode_with(self, decoding: dict[str, Any]) -> None:
+        """Return keypoints instead of heatmaps. To be asked before it is installed.
+
+        Raises:
+            ValueError: the plan has no last heatmaps.
+        """
+        self.plan.last_output()
+        self.decoding, self._state = decoding, None
+
     def install(self) -> None:
-        """Put the region behind its module's forward."""
         state = self._state or self.pack()
         self.module.forward = self
         native = _native.load()
@@ -114,15 +168,17 @@ class Region:
             if not self._is_current:
                 return self.recognise()
             native = _native.load()
+            decodes = self.decoding is not None
+            plan = self.plan.last_output() if decodes else self.plan
             weights = tensors_of(self.module)
-            used = {name: weights[name] for name in self.plan.weights}
+            used = {name: weights[name] for name in plan.weights}
             # The snapshot comes first: what changes while packing is noticed at the next call.
             watch = native.Watch(_watched(self.module)) if native else None
-            chosen = choose(self.plan, used, self.precision)
+            chosen = choose(plan, used, self.precision, as_computed=decodes)
             executor, reason = (None, chosen) if isinstance(chosen, str) else (chosen, None)
             first = next(iter(used.values()), torch.empty(0))
             self._state = _State(
-                self.plan, watch, executor, reason, first.dtype, first.device, first.device.type
+                plan, watch, executor, reason, first.dtype, first.device, first.device.type
             )
             return self._state
 
@@ -157,10 +213,13 @@ class Region:
     def paths(self) -> list[tuple[Step, str]]:
         """Every step, and what runs it, in a few words."""
         state = self._up_to_date()[0]
-        executor = state.executor if state else None
-        return [(s, executor.path(s) if executor else "eager") for s in self.plan.steps]
+        executor, plan = (state.executor, state.plan) if state else (None, self.plan)
+        return [(s, executor.path(s) if executor else "eager") for s in plan.steps]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._decoded(self.heatmaps(*args, **kwargs))
+
+    def heatmaps(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             # A packed plan is a handle that no graph can carry away, and nothing would guard it.
             return self.eager(*args, **kwargs)
@@ -180,19 +239,6 @@ class Region:
         outputs = self.eager(*args, **kwargs)  # where the input is wrong, this raises
         self._notices.add(self.name, reason or "it has no executor")
         return outputs
-
-    # What introspection (torch.export, inspect.signature) asks of a forward.
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward.__get__(self.module))
-
-    @property
-    def __code__(self) -> Any:
-        return type(self.module).forward.__code__
-
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the module's class."""
-        return type(self.module).forward(self.module, *args, **kwargs)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of a call in the order of the forward's parameters."""

@@ -37,12 +37,14 @@ class Report:
         skipped: modules that are no region of their own, and why.
         fallbacks: reasons for which eager ran instead since then: (region, reason).
         precision: the precision optimised for, None for a model that was not optimised.
+        decode: the method by which the model decodes its heatmaps; None where it returns them.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     fallbacks: list[tuple[str, str]] = field(default_factory=list)
     precision: str | None = None
+    decode: str | None = None
 
     def __str__(self) -> str:
         if self.precision is None:
@@ -52,7 +54,8 @@ class Report:
         parts = [
             render(
                 f"hgfast: {len(rows)} blocks replaced in {regions} region{'s' * (regions != 1)}, "
-                f'precision "{self.precision}"',
+                f'precision "{self.precision}"'
+                + (f', heatmaps decoded by "{self.decode}"' if self.decode else ""),
                 ["block", "kind", "backend", "region"],
                 rows,
             )
@@ -94,4 +97,5 @@ def report(fast: nn.Module) -> Report:
         skipped=list(optimization.skipped),
         fallbacks=[(name, reason) for reason, name in optimization.notices.seen.items()],
         precision=optimization.precision,
+        decode=optimization.decode["method"] if optimization.decode else None,
     )

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hgfast._table import render
+from hgfast.decoding.dispatch import decode_by_reference
 
 PRECISIONS: Final = ("highest", "high", "medium")
 
 # "high" is float32-grade arithmetic (sums of a few bfloat16 or tf32 products). Eager PyTorch on
 # a CPU has none to measure, so its allowance is a number: relative L2 error.
 _HIGH = 2e-5
+_CELLS = 1e-3  # how far a decoded place may be from the reference decoder's, in heatmap cells
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -203,6 +205,11 @@ def verify(
     another cell only if float64 does not decide between the two: its values there differ by no
     more than the maximum error allowed above (for "high": by 4e-5 of the reference's maximum).
 
+    Of a model that decodes (``optimize(model, decode=...)``) the heatmaps that it decodes are held
+    against those of the eager model like any others, the last stack's; and what it returns must
+    be what the reference decoder makes of them: places within 1e-3 heatmap cells, scores within
+    rounding.
+
     The models are left as they are (training flags, random state, inputs too): both are run in
     eval mode and without gradients, copies where they are in training mode.
 
@@ -228,13 +235,22 @@ def verify(
     arithmetic = _arithmetic(own, of_fast, precision)
 
     eager = _run(_eager_copy(model), inputs)  # first: wrong inputs get eager's own error
-    given = _run(_in_eval_mode(fast), inputs if of_fast is own else _cast(inputs, of_fast))
+    decoding = _decoding_of(fast)
+    given = _run(
+        _in_eval_mode(fast),
+        inputs if of_fast is own else _cast(inputs, of_fast),
+        before_decoding=decoding is not None,
+    )
     reference = _run_as(torch.float64, model, inputs)
     baseline = eager if arithmetic is own else _run_as(arithmetic, model, inputs)
 
-    fault, outputs = _compare(
-        _Rule(precision, arithmetic, same_dtype=of_fast is own), given, eager, reference, baseline
-    )
+    rule = _Rule(precision, arithmetic, same_dtype=of_fast is own and decoding is None)
+    if decoding is None:
+        fault, outputs = _compare(rule, given, eager, reference, baseline)
+    else:
+        heatmaps, keypoints = given
+        fault, outputs = _compare(rule, *map(_last, (heatmaps, eager, reference, baseline)))
+        outputs += _check_decoding(_last(heatmaps)["heatmaps"], keypoints, decoding)
     verification = Verification(type(model).__name__, precision, arithmetic, outputs, fault)
     if raise_on_fail and not verification.ok:
         raise VerificationError(verification)
@@ -267,8 +283,12 @@ def _dtype(module: nn.Module, inputs: Sequence[Any]) -> torch.dtype:
 # --- Running models without a trace ---
 
 
-def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
-    """The module's output, in arithmetic of its own, for copies of the inputs."""
+def _run(module: nn.Module, inputs: Sequence[Any], before_decoding: bool = False) -> Any:
+    """The module's output, in arithmetic of its own, for copies of the inputs.
+
+    With ``before_decoding`` the heatmaps that it decodes, and its output.
+    """
+    call = module.__dict__["forward"].both if before_decoding else module
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in (*module.parameters(), *tensors)}
     with ExitStack() as stack:
@@ -277,7 +297,7 @@ def _run(module: nn.Module, inputs: Sequence[Any]) -> Any:
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         # Copies: a network may begin with an in-place operation.
-        return module(*_cast(inputs, None))
+        return call(*_cast(inputs, None))
 
 
 def _run_as(dtype: torch.dtype, model: nn.Module, inputs: Sequence[Any]) -> Any:
@@ -325,6 +345,51 @@ def _in_eval_mode(module: nn.Module) -> nn.Module:
         module = copy.deepcopy(module)
         module.eval()
     return module
+
+
+# --- Models that decode ---
+
+
+def _decoding_of(fast: nn.Module) -> dict[str, Any] | None:
+    from hgfast.optimization import decode_of
+
+    return decode_of(fast)
+
+
+def _last(heatmaps: Any) -> dict[str, Any]:
+    """The heatmaps that are decoded, by the name under which they are reported."""
+    return {"heatmaps": heatmaps[-1] if isinstance(heatmaps, (list, tuple)) else heatmaps}
+
+
+def _check_decoding(
+    heatmaps: Tensor, keypoints: Sequence[Tensor], decoding: dict[str, Any]
+) -> tuple[OutputCheck, ...]:
+    """Keypoints against what the reference decoder makes of the same heatmaps."""
+    checks = []
+    right = decode_by_reference(heatmaps, **decoding)
+    for name, given, expected in zip(
+        ("coords", "scores", "joints"), keypoints, right, strict=False
+    ):
+        miss = _miss(given.double(), expected.double())
+        allowed = _CELLS if name == "coords" else 1e-6 * max(1.0, _largest(expected.abs()))
+        same_nan = torch.equal(given.isnan(), expected.isnan())
+        right_enough = same_nan and miss.max_abs <= allowed
+        checks.append(
+            OutputCheck(
+                name=f"[{name!r}]",
+                max_abs=miss.max_abs,
+                mean_abs=miss.mean_abs,
+                rel=miss.rel,
+                allowed_max=allowed,
+                allowed_mean=math.inf,
+                allowed_rel=math.inf,
+                moved=0,
+                undecided=0,
+                keypoint_shift=0.0,
+                fault="" if right_enough else "not what the reference decodes",
+            )
+        )
+    return tuple(checks)
 
 
 # --- Comparing ---

@@ -56,10 +56,10 @@ def kernels() -> cuda.Kernels:
 def on_emulated_gpu(monkeypatch: pytest.MonkeyPatch, kernels: cuda.Kernels) -> None:
     """Models on the CPU run as models on a GPU do."""
 
-    def choose(plan: Any, weights: Any, precision: str) -> Any:
+    def choose(plan: Any, weights: Any, precision: str, as_computed: bool = False) -> Any:
         dtype = next(iter(weights.values())).dtype
         return cuda.unsupported(plan, dtype, precision, kernels) or cuda.CudaExecutor(
-            plan, weights, precision, kernels
+            plan, weights, precision, kernels, as_computed
         )
 
     monkeypatch.setattr("hgfast.region.choose", choose)
@@ -315,6 +315,21 @@ def test_optimize_and_verify(dtype: torch.dtype) -> None:
     assert [tuple(y.shape) for y in fast(image().to(dtype))] == [
         tuple(y.shape) for y in model(image().to(dtype))
     ]
+
+
+@pytest.mark.usefixtures("on_emulated_gpu")
+def test_optimize_and_decode() -> None:
+    model = small_hourglass(stacks=2)
+    fast = hgfast.optimize(model, precision="medium", decode="quarter")
+    (region,) = regions_of(fast)
+    with torch.inference_mode():
+        heatmaps, (coords, scores) = region.both(image())
+    assert heatmaps.dtype == torch.bfloat16  # as the kernels leave them, whatever the model's dtype
+    assert heatmaps.is_contiguous(memory_format=torch.channels_last)
+    expected_coords, expected_scores = hgfast.decode(heatmaps)
+    assert torch.equal(coords, expected_coords)
+    assert torch.equal(scores, expected_scores)
+    assert hgfast.verify(model, fast, image()).ok
 
 
 @pytest.mark.usefixtures("on_emulated_gpu")

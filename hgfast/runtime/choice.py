@@ -28,8 +28,13 @@ class Executor(Protocol):
         """What runs one step, in a few words."""
 
 
-def choose(plan: Plan, weights: Mapping[str, Tensor], precision: str) -> Executor | str:
+def choose(
+    plan: Plan, weights: Mapping[str, Tensor], precision: str, as_computed: bool = False
+) -> Executor | str:
     """The executor for ``plan`` with these weights, by name; or why there is none, in words.
+
+    ``as_computed`` outputs keep the dtype of the activations and are channels_last; others get
+    those of the inputs.
 
     Raises:
         ValueError: a step's weights do not fit together.
@@ -44,11 +49,11 @@ def choose(plan: Plan, weights: Mapping[str, Tensor], precision: str) -> Executo
         return f"its weights mix dtypes ({', '.join(sorted(map(str, dtypes)))})"
     device, dtype = devices.pop(), dtypes.pop()
     if device.type == "cpu":
-        return cpu.unsupported(dtype) or cpu.CpuExecutor(plan, weights, precision)
+        return cpu.unsupported(dtype) or cpu.CpuExecutor(plan, weights, precision, as_computed)
     if device.type == "cuda":
         kernels = cuda.kernels_of(device)
         reason = cuda.unsupported(plan, dtype, precision, kernels)
         if reason or isinstance(kernels, str):
             return reason or str(kernels)
-        return cuda.CudaExecutor(plan, weights, precision, kernels)
+        return cuda.CudaExecutor(plan, weights, precision, kernels, as_computed)
     return f"its weights are on {device}; there are kernels for cpu and cuda"

@@ -35,7 +35,13 @@ class CpuExecutor:
 
     asynchronous = False
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], precision: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        precision: str,
+        as_computed: bool = False,
+    ) -> None:
         native = _native.load()
         if native is None:
             raise RuntimeError(_native.reason)
@@ -47,7 +53,7 @@ class CpuExecutor:
         with torch.inference_mode():
             for step in plan.steps:
                 self._pack(step, weights)
-        self._packed.finish(list(plan.inputs), self._outputs)
+        self._packed.finish(list(plan.inputs), self._outputs, as_computed)
         self.backend = f"cpu {self._packed.path} {element}"
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
