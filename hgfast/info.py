@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy
@@ -61,10 +62,18 @@ def _versions() -> dict[str, str]:
         "hgfast": __version__,
         "torch": torch.__version__,
         "torch's CUDA": torch.version.cuda or "none (a CPU build)",
+        "triton": _triton(),
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "not found: on a GPU heatmaps are decoded by plain PyTorch"
 
 
 def _cpu() -> dict[str, str]:

@@ -42,6 +42,16 @@ def test_versions_are_those_in_use():
     assert versions["python"] == platform.python_version()
 
 
+def test_without_triton_it_says_what_that_means(monkeypatch):
+    def missing(name):
+        raise info.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(info.metadata, "version", missing)
+    assert "decoded by plain PyTorch" in info.collect()["versions"]["triton"]
+    monkeypatch.setattr(info.metadata, "version", lambda name: f"{name} 3.6")
+    assert info.collect()["versions"]["triton"] == "triton 3.6"
+
+
 def test_the_compiled_module_is_described():
     module = compiled()
     shown = info.collect()["compiled module"]
