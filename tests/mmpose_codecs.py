@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def codec(method: str, height: int, width: int, blur: int) -> Any:
 def decoded(maps: Tensor, method: str, blur: int) -> tuple[np.ndarray, np.ndarray]:
     """What mmpose decodes from (B, K, H, W): input pixels (B, K, 2), scores (B, K)."""
     height, width = maps.shape[2:]
-    each = [codec(method, height, width, blur).decode(m.numpy().copy()) for m in maps]
+    with warnings.catch_warnings():  # an argument that NumPy wants by name
+        warnings.simplefilter("ignore", DeprecationWarning)
+        each = [codec(method, height, width, blur).decode(m.numpy().copy()) for m in maps]
     return np.stack([places[0] for places, _ in each]), np.stack([scores[0] for _, scores in each])
 
 

@@ -23,10 +23,7 @@ from torch import Tensor
 import hgfast
 from hgfast import Flip, TopK, Transform
 
-pytestmark = [
-    pytest.mark.usefixtures("backend"),
-    pytest.mark.filterwarnings("ignore:Passing more than 2 positional arguments"),
-]
+pytestmark = pytest.mark.usefixtures("backend")
 
 KINDS = ("random", "tied", "border", "peaked", "tiny", "huge", "negative")
 BLURS = (11, 17)  # for networks trained with sigma 2 and 3

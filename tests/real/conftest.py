@@ -26,6 +26,12 @@ def real_heatmaps() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def mpii_predictions() -> dict[str, np.ndarray]:
+    """What the authors of the hourglass published for MPII's validation set, and its truth."""
+    return shared_arrays("mpii_valid_hg8.npz")
+
+
+@pytest.fixture(scope="session")
 def elg_weights() -> dict[str, np.ndarray]:
     """The weights of ELG, a trained hourglass for the landmarks of an eye."""
     return shared_arrays("elg_hourglass.npz")
