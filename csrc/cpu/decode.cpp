@@ -2,6 +2,8 @@
 #include <math.h>
 
 #include "blur.h"
+#include "gather.h"
+#include "softmax.h"
 #include "table.h"
 
 namespace hgfast::cpu::HGFAST_ISA {
@@ -34,24 +36,6 @@ double mark_of(Method method) {
 bool between(int64_t low, int64_t x, int64_t high) { return low < x && x < high; }
 
 double sign_of_difference(float a, float b) { return (a > b) - (a < b); }
-
-// ---- a heatmap, gathered
-// -------------------------------------------------------------------------
-
-float merged(const DecodeParams& p, float a, float b) { return p.mean ? (a + b) * 0.5f : a + b; }
-
-// A heatmap as dense float32, merged with that of the mirrored image.
-template <class T>
-void gather(const DecodeParams& p, const Heatmap<T>& map, const Heatmap<T>* flipped, float* to) {
-  for (int64_t y = 0; y < p.height; ++y) {
-    float* row = to + y * p.width;
-    for (int64_t x = 0; x < p.width; ++x) {
-      row[x] = map.at(x, y);
-      if (flipped)
-        row[x] = merged(p, row[x], flipped->at(min(p.width - 1 - x + p.shift, p.width - 1), y));
-    }
-  }
-}
 
 // ---- the methods that start from a cell
 // ----------------------------------------------------------
@@ -140,8 +124,8 @@ class Sharp {
 
 template <class T>
 Place refine(const DecodeParams& p, const Heatmap<T>& map, const Peak& highest, int64_t x,
-             int64_t y, Sharp* sharp) {
-  if (p.method == Method::dark || p.method == Method::udp) return sharp->refine(map, highest, x, y);
+             int64_t y, Sharp& sharp) {
+  if (p.method == Method::dark || p.method == Method::udp) return sharp.refine(map, highest, x, y);
   Place place{static_cast<double>(x), static_cast<double>(y)};
   if (p.method == Method::argmax) return place;
 
@@ -187,7 +171,8 @@ void write(const DecodeParams& p, int64_t image, int64_t index, Place at, float 
 
 template <class T>
 void write_joint(const DecodeParams& p, const Heatmap<T>& map, const Peak& peak, int64_t image,
-                 int64_t joint, Sharp* sharp) {
+                 int64_t joint, Sharp& sharp) {
+  sharp.begin_map();
   const double mark = mark_of(p.method);
   Place place{mark, mark};
   if (peak.value > 0) place = refine(p, map, peak, peak.x, peak.y, sharp);
@@ -202,32 +187,77 @@ struct Cell {
   int64_t at;
 };
 
-void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image, int64_t joint,
-                 Cell* best, Sharp* sharp) {
-  const Peak highest = find_peak(map);
-  const int64_t most = min(p.k, p.height * p.width), reach = p.window / 2;
-  int64_t found = 0;
-  for (int64_t y = 0; y < p.height && highest.value > 0; ++y) {
-    for (int64_t x = 0; x < p.width; ++x) {
-      const float v = map.at(x, y);
-      if (!(v > 0) || (found == most && v <= best[found - 1].value)) continue;
-      bool exceeded = false;
-      for (int64_t j = max(0, y - reach); j <= min(p.height - 1, y + reach); ++j)
-        for (int64_t i = max(0, x - reach); i <= min(p.width - 1, x + reach); ++i)
-          exceeded |= map.at(i, j) > v;
-      if (exceeded) continue;
-      int64_t rank = found < most ? found++ : found - 1;
-      for (; rank > 0 && best[rank - 1].value < v; --rank) best[rank] = best[rank - 1];
-      best[rank] = {v, y * p.width + x};
+// The highest peaks of a heatmap, in order.
+class Ranking {
+ public:
+  Ranking(const DecodeParams& p, Scratch& scratch)
+      : most_(p.k ? min(p.k, p.height * p.width) : 0),
+        best_(scratch.take<Cell>(most_)),
+        line_(scratch.take<float>(p.k ? round_up(p.width, kLanes) + p.window : 0)) {}
+
+  // Of a map with a positive value and without NaN; no cell of window x window exceeds a peak.
+  void rank(const Heatmap<float>& map, int64_t window) {
+    found_ = 0;
+    const int64_t reach = window / 2;
+    for (int64_t i = 0; i < reach; ++i) line_[i] = line_[reach + map.width + i] = -kInfinity;
+    for (int64_t y = 0; y < map.height; ++y) {
+      const int64_t first = max(0, y - reach), last = min(map.height - 1, y + reach);
+      each(map.width, [&](int64_t x, auto lanes) {
+        const float* from = map.data + x;
+        Vec top = load(from + first * map.stride_h, lanes);
+        for (int64_t row = first + 1; row <= last; ++row)
+          top = larger(load(from + row * map.stride_h, lanes), top);
+        store(line_ + reach + x, top, lanes);
+      });
+      each(map.width, [&](int64_t x, auto lanes) {
+        Vec top = load(line_ + x, lanes);
+        for (int64_t i = 1; i < window; ++i) top = larger(load(line_ + x + i, lanes), top);
+        const Vec v = load(map.data + y * map.stride_h + x, lanes);
+        const Vec peak = v == top ? v : Vec{};
+        for (unsigned higher = larger_lanes(peak, splat(least())); higher; higher &= higher - 1) {
+          const int i = __builtin_ctz(higher);
+          add({peak[i], y * map.width + x + i});
+        }
+      });
     }
   }
+
+  void clear() { found_ = 0; }
+  int64_t count() const { return found_; }
+  const Cell& operator[](int64_t i) const { return best_[i]; }
+
+ private:
+  // What a peak must exceed.
+  float least() const { return found_ == most_ ? best_[found_ - 1].value : 0; }
+
+  // Cells come in row order: of equal ones the first stays ahead.
+  void add(Cell cell) {
+    if (!(cell.value > least())) return;
+    int64_t rank = found_ < most_ ? found_++ : found_ - 1;
+    for (; rank > 0 && best_[rank - 1].value < cell.value; --rank) best_[rank] = best_[rank - 1];
+    best_[rank] = cell;
+  }
+
+  int64_t most_, found_ = 0;
+  Cell* best_;
+  float* line_;
+};
+
+void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image, int64_t joint,
+                 Ranking& ranking, Sharp& sharp) {
+  const Peak highest = find_peak(map);
+  sharp.begin_map();
+  ranking.clear();
+  if (highest.value > 0) ranking.rank(map, p.window);
   const double mark = mark_of(p.method);
+  const int64_t first = (image * p.joints + joint) * p.k;
   for (int64_t i = 0; i < p.k; ++i) {
-    Place place{mark, mark};
-    if (i < found)
-      place = refine(p, map, highest, best[i].at % p.width, best[i].at / p.width, sharp);
-    const float score = i < found ? best[i].value : highest.value != highest.value ? kNan : 0.0f;
-    write(p, image, (image * p.joints + joint) * p.k + i, place, score);
+    if (i < ranking.count()) {
+      const auto [value, at] = ranking[i];
+      write(p, image, first + i, refine(p, map, highest, at % p.width, at / p.width, sharp), value);
+    } else {
+      write(p, image, first + i, {mark, mark}, highest.value == highest.value ? 0 : kNan);
+    }
   }
 }
 
@@ -235,19 +265,19 @@ void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image
 // ---------------------------------------------------------
 
 void write_megvii(const DecodeParams& p, const Heatmap<float>& map, int64_t image, int64_t joint,
-                  Blur* blur) {
+                  Blur& blur) {
   const Peak highest = find_peak(map);
   Place place{-1, -1};
   double score = highest.value;
   if (highest.value > 0) {
-    blur->part(map, 0, 0, p.height, p.width);
-    const Heatmap<float> blurred = blur->dense();
+    blur.part(map, 0, 0, p.height, p.width);
+    const Heatmap<float> blurred = blur.dense();
     Peak peak = find_peak(blurred);
     double top = highest.value;
     const bool down = peak.value < 0;  // blurred, the map is negative throughout
     if (down) {
       const double least = peak.value;
-      blur->negate();
+      blur.negate();
       peak = find_peak(blurred);
       top = top * (-static_cast<double>(peak.value) / least);
     }
@@ -267,90 +297,164 @@ void write_softargmax(const DecodeParams& p, const Heatmap<float>& map, int64_t 
                       int64_t joint) {
   const Peak highest = find_peak(map);
   Place place{0, 0};
-  bool flat = true;
-  double total = 0, sum_x = 0, sum_y = 0;
-  for (int64_t y = 0; y < p.height; ++y) {
-    for (int64_t x = 0; x < p.width; ++x) {
-      const float v = map.at(x, y);
-      flat &= !(highest.value > v);
-      const double weight =
-          v == highest.value ? 1 : exp(p.beta * (static_cast<double>(v) - highest.value));
-      total += weight;
-      sum_x += weight * static_cast<double>(x);
-      sum_y += weight * static_cast<double>(y);
-    }
+  if (highest.value == highest.value) {
+    const Mean mean = mean_place(map, highest.value, p.beta);
+    if (!mean.flat) place = {mean.x, mean.y};
   }
-  if (!flat) place = {sum_x / total, sum_y / total};
   write(p, image, image * p.joints + joint, place, highest.value);
 }
 
 // ---- tasks
 // ---------------------------------------------------------------------------------------
 
-bool blurs(Method method) {
-  return method == Method::dark || method == Method::udp || method == Method::megvii;
+bool from_cell(const DecodeParams& p) {
+  return p.k == 0 && p.method != Method::megvii && p.method != Method::softargmax;
 }
 
-// A thread's scratch.
-struct Workspace {
-  float* plane;
-  Cell* cells;
-  Sharp sharp;
-  Blur whole;
+// channels_last: joints are neighbours in memory.
+bool interleaved(const Heatmaps& maps) { return maps.stride_k == 1 && maps.stride_w != 1; }
 
-  Workspace(const DecodeParams& p, Scratch& scratch)
-      : plane(scratch.take<float>(p.height * p.width)),
-        cells(scratch.take<Cell>(min(p.k, p.height * p.width))),
-        sharp(p, scratch),
-        whole(p, p.height, p.width, scratch) {}
-};
+constexpr int64_t kTogether = 32;  // a bound for planes: 400 kB of 64x48 cells
 
-template <class T>
-Heatmap<T> heatmap(const DecodeParams& p, const Heatmaps& maps, int64_t image, int64_t joint) {
-  return {static_cast<const T*>(maps.data) + image * maps.stride_b + joint * maps.stride_k,
-          p.height, p.width, maps.stride_h, maps.stride_w};
+int64_t joints_per_task(const DecodeParams& p) {
+  return interleaved(p.maps) ? min(p.joints, kTogether) : 1;
 }
 
+Heatmap<float> as_floats(const Heatmap<float>& map, float*) { return map; }
 template <class T>
-void decode_heatmaps(const DecodeParams& p, int64_t begin, int64_t end, Workspace& work) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t image = task / p.joints, joint = task % p.joints;
-    const Heatmap<T> map = heatmap<T>(p, p.maps, image, joint);
-    Heatmap<T> other{};
-    if (p.flipped.data) other = heatmap<T>(p, p.flipped, image, p.mirror[joint]);
-    gather(p, map, p.flipped.data ? &other : nullptr, work.plane);
-    const Heatmap<float> plane{work.plane, p.height, p.width, p.width, 1};
-    work.sharp.begin_map();
-    if (p.k) {
-      write_peaks(p, plane, image, joint, work.cells, &work.sharp);
-    } else if (p.method == Method::megvii) {
-      write_megvii(p, plane, image, joint, &work.whole);
-    } else if (p.method == Method::softargmax) {
-      write_softargmax(p, plane, image, joint);
-    } else {
-      write_joint(p, plane, find_peak(plane), image, joint, &work.sharp);
+Heatmap<float> as_floats(const Heatmap<T>& map, float* plane) {
+  return gather(map, plane);
+}
+
+// One thread's way through its tasks, with its scratch.
+class Worker {
+ public:
+  Worker(const DecodeParams& p, Scratch& scratch)
+      : p_(p),
+        plane_size_(round_up(p.height * p.width, kLanes)),
+        planes_(scratch.take<float>(joints_per_task(p) * plane_size_)),
+        mirrored_(scratch.take<float>(p.flipped.data ? joints_per_task(p) * plane_size_ : 0)),
+        spare_(scratch.take<float>(p.flipped.data ? plane_size_ : 0)),
+        sharp_(p, scratch),
+        blur_(p, p.height, p.width, scratch),
+        ranking_(p, scratch) {}
+
+  template <class T>
+  void run(int64_t begin, int64_t end) {
+    const int64_t together = joints_per_task(p_), groups = ceil_div(p_.joints, together);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / groups, first = task % groups * together;
+      const int64_t count = min(together, p_.joints - first);
+      if (!interleaved(p_.maps)) {
+        one<T>(image, first);
+      } else if (from_cell(p_) && !p_.flipped.data) {
+        Peak peaks[kTogether];
+        find_peaks(heatmap<T>(p_.maps, image, first), count, peaks);
+        for (int64_t i = 0; i < count; ++i)
+          write_joint(p_, heatmap<T>(p_.maps, image, first + i), peaks[i], image, first + i,
+                      sharp_);
+      } else {
+        several<T>(image, first, count);
+      }
     }
   }
-}
+
+ private:
+  template <class T>
+  void one(int64_t image, int64_t joint) {
+    const auto map = heatmap<T>(p_.maps, image, joint);
+    if (p_.flipped.data) {
+      const auto other = heatmap<T>(p_.flipped, image, p_.mirror[joint]);
+      if (map.stride_w == 1) {
+        decode(merged(map, other, planes_), image, joint);
+      } else {
+        decode(merged(gather(map, planes_), other, planes_), image, joint);
+      }
+    } else if (!map.dense()) {
+      decode(gather(map, planes_), image, joint);
+    } else if (from_cell(p_)) {
+      write_joint(p_, map, find_peak(map), image, joint, sharp_);
+    } else {
+      decode(as_floats(map, planes_), image, joint);
+    }
+  }
+
+  template <class T>
+  void several(int64_t image, int64_t first, int64_t count) {
+    gather_joints(heatmap<T>(p_.maps, image, first), count, planes_, plane_size_);
+    const bool both = p_.flipped.data && interleaved(p_.flipped);
+    if (both) gather_joints(heatmap<T>(p_.flipped, image, first), count, mirrored_, plane_size_);
+    for (int64_t i = 0; i < count; ++i) {
+      float* to = planes_ + i * plane_size_;
+      const Heatmap<float> map = plane(to);
+      const int64_t joint = first + i;
+      if (!p_.flipped.data) {
+        decode(map, image, joint);
+        continue;
+      }
+      const int64_t source = p_.mirror[joint] - first;
+      if (both && 0 <= source && source < count) {
+        decode(merged(map, plane(mirrored_ + source * plane_size_), to), image, joint);
+      } else {
+        const auto other = heatmap<T>(p_.flipped, image, p_.mirror[joint]);
+        decode(merged(map, other, to), image, joint);
+      }
+    }
+  }
+
+  void decode(const Heatmap<float>& map, int64_t image, int64_t joint) {
+    if (p_.k) {
+      write_peaks(p_, map, image, joint, ranking_, sharp_);
+    } else if (p_.method == Method::megvii) {
+      write_megvii(p_, map, image, joint, blur_);
+    } else if (p_.method == Method::softargmax) {
+      write_softargmax(p_, map, image, joint);
+    } else {
+      write_joint(p_, map, find_peak(map), image, joint, sharp_);
+    }
+  }
+
+  // A map with dense rows and one of the mirrored image.
+  template <class A, class B>
+  Heatmap<float> merged(const Heatmap<A>& map, const Heatmap<B>& other, float* to) {
+    const float factor = p_.mean ? 0.5f : 1;
+    if (other.stride_w == 1) return merge(map, other, p_.shift, factor, to);
+    return merge(map, gather(other, spare_), p_.shift, factor, to);
+  }
+
+  template <class T>
+  Heatmap<T> heatmap(const Heatmaps& maps, int64_t image, int64_t joint) const {
+    return {static_cast<const T*>(maps.data) + image * maps.stride_b + joint * maps.stride_k,
+            p_.height, p_.width, maps.stride_h, maps.stride_w};
+  }
+  Heatmap<float> plane(const float* data) const { return {data, p_.height, p_.width, p_.width, 1}; }
+
+  const DecodeParams& p_;
+  int64_t plane_size_;
+  float *planes_, *mirrored_, *spare_;
+  Sharp sharp_;
+  Blur blur_;
+  Ranking ranking_;
+};
 
 }  // namespace
 
 Work plan_decode(const DecodeParams& p, int) {
   Scratch scratch(nullptr);
-  Workspace(p, scratch);
-  return {.tasks = p.batch * p.joints, .scratch = scratch.used()};
+  Worker(p, scratch);
+  return {.tasks = p.batch * ceil_div(p.joints, joints_per_task(p)), .scratch = scratch.used()};
 }
 
 void decode(const DecodeParams& p, int, int64_t begin, int64_t end, void* memory) {
   Scratch scratch(memory);
-  Workspace work(p, scratch);
+  Worker worker(p, scratch);
   switch (p.type) {
     case HeatmapType::float32:
-      return decode_heatmaps<float>(p, begin, end, work);
+      return worker.run<float>(begin, end);
     case HeatmapType::bfloat16:
-      return decode_heatmaps<bf16>(p, begin, end, work);
+      return worker.run<bf16>(begin, end);
     case HeatmapType::float16:
-      return decode_heatmaps<f16>(p, begin, end, work);
+      return worker.run<f16>(begin, end);
   }
 }
 

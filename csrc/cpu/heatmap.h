@@ -14,7 +14,7 @@ struct f16 {
 // included; infinity and NaN (exponent 31) get float32's own exponent for them.
 inline Vec from_f16(Halves x) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps((__m256i)x);
+  return _mm512_maskz_cvtph_ps(0xffff, (__m256i)x);  // as cvtph, of which GCC 12 warns
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)x);
 #else
@@ -51,16 +51,8 @@ inline void load_pair(const bf16* p, Vec* a, Vec* b) {
   *b = (Vec)(both & 0xffff0000);
 }
 
-// a > b ? a : b; in particular b if either is NaN.
-inline Vec larger(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
+// b if either is NaN; one instruction on x86.
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // A bit per lane: whether the two are equal.
 inline unsigned equal_lanes(Vec a, Vec b) {
@@ -71,6 +63,19 @@ inline unsigned equal_lanes(Vec a, Vec b) {
 #else
   unsigned lanes = 0;
   for (int i = 0; i < kLanes; ++i) lanes |= static_cast<unsigned>(a[i] == b[i]) << i;
+  return lanes;
+#endif
+}
+
+// Likewise: whether a is larger.
+inline unsigned larger_lanes(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+#else
+  unsigned lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<unsigned>(a[i] > b[i]) << i;
   return lanes;
 #endif
 }
@@ -195,6 +200,49 @@ Peak find_peak(const Heatmap<T>& map) {
     return {top, cell % map.width, cell / map.width};
   }
   return {top, 0, 0};  // not reached
+}
+
+// The maxima of `count` heatmaps whose joints are neighbours in memory, `map` the first of them.
+//
+// A register holds as many joints. Again the first pass only compares, and remembers after each row
+// for every joint whether the row was higher than all before; the column is looked up in that row.
+template <class T>
+void find_peaks(const Heatmap<T>& map, int64_t count, Peak* peaks) {
+  each(count, [&](int64_t joint, auto lanes) {
+    Vec best = splat(-kInfinity);
+    Bits rows{};
+    NanWatch nan;
+    for (int64_t y = 0; y < map.height; ++y) {
+      const T* row = map.data + y * map.stride_h + joint;
+      Vec even = splat(-kInfinity), odd = even;
+      int64_t x = 0;
+      for (; x + 2 <= map.width; x += 2) {
+        const Vec a = load(row + x * map.stride_w, lanes);
+        const Vec b = load(row + (x + 1) * map.stride_w, lanes);
+        even = larger(a, even);
+        odd = larger(b, odd);
+        nan.see(a, b);
+      }
+      if (x < map.width) {
+        const Vec a = load(row + x * map.stride_w, lanes);
+        even = larger(a, even);
+        nan.see(a, a);
+      }
+      const Vec top = larger(even, odd);
+      rows = top > best ? Bits{} + static_cast<uint32_t>(y) : rows;
+      best = larger(top, best);
+    }
+    for (int64_t i = 0; i < min(kLanes, count - joint); ++i) {
+      Peak& peak = peaks[joint + i];
+      peak = {best[i], 0, rows[i]};
+      if (nan.lanes() >> i & 1) {
+        peak.value = kNan;
+        continue;
+      }
+      const T* row = map.data + peak.y * map.stride_h + joint + i;
+      while (value(row + peak.x * map.stride_w) != peak.value) ++peak.x;
+    }
+  });
 }
 
 // The first NaN of a heatmap in which there is one.
