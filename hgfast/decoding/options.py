@@ -212,8 +212,8 @@ class GlobalTopK:
 
     Each map stands for a class there. ``decode`` then returns coordinates (B, k, 2), scores (B, k),
     the highest first, and the maps they were found in, (B, k), int64. Among equals the lower map
-    and then the earlier cell comes first. Where there are fewer peaks, the rest have score 0; an
-    image with a NaN has NaN scores first.
+    and then the earlier cell comes first. Where there are fewer peaks, the rest have score 0; of an
+    image with a NaN all scores are NaN.
 
     Zhou et al., "Objects as Points" (arXiv:1904.07850).
 
@@ -227,4 +227,4 @@ class GlobalTopK:
 
 
 def _tensor(value: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=device)
+    return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
