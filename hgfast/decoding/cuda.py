@@ -64,7 +64,7 @@ def decode(
     if scores.numel():
         planes = 1 if method in ("dark", "udp", "megvii") else 0
         launch = Launch(heatmaps, method, flipped, shift, mean, blur, planes)
-        options = {**launch.options, "BLOCK": launch.block, "LOOP": launch.block < launch.cells}
+        options = {**launch.options, "BLOCK": launch.block, "LOOP": launch.loops}
         _run(
             "decode_kernel", launch, (coords, scores), joints, matrix,
             (float(origin_x), float(origin_y), float(beta)),
@@ -133,8 +133,13 @@ class Launch:
         grouped = count > 1 and by_joint == 1 and by_column > 1
         self.joints = 32 // heatmaps.element_size() if grouped else 1
         self.programs = batch * -(-count // self.joints)
-        self.block = min(4096 // self.joints, _power_of_two(self.cells))
-        chunk = min(1024 // self.joints, self.block)
+        self.loops = grouped or self.cells > 4096
+        most = 2048 if self.loops and not grouped else 4096
+        self.block = min(most // self.joints, _power_of_two(self.cells))
+        # 16 values a thread where tiles are under way in fours, 32 where the map is one tile.
+        tile = self.joints * self.block
+        self.warps = max(1, min(8, tile // 512)) if self.loops else max(1, tile // 1024)
+        chunk = min(256 * self.warps // self.joints, self.block)
 
         flat = by_row == width * by_column or height == 1
         farthest = max(
@@ -147,7 +152,7 @@ class Launch:
         how += _QUICK * (width > 1 and self.cells * width < 2**32)
 
         blurs = method in ("dark", "udp", "megvii")
-        reach = blur // 2 if blurs else 0
+        self.reach = blur // 2 if blurs else 0
         span = {"dark": 2, "udp": 1}.get(method)
         _, mark = {**CELL_METHODS, **MAP_METHODS}[method]
         self.options: dict[str, Any] = {
@@ -156,10 +161,8 @@ class Launch:
             "HOW": how,
             "JOINTS": self.joints,
             "CHUNK": chunk,
-            "WINDOW": _power_of_two(8 * (2 * (span + reach) + 1)) if span else 1,
-            "REACH": reach,
+            "WINDOW": _power_of_two(8 * (2 * (span + self.reach) + 1)) if span else 1,
         }
-        self.warps = max(1, min(4, self.joints * self.block // 1024))
 
     @property
     def arguments(self) -> tuple[int, ...]:
@@ -192,12 +195,11 @@ def _run(
     with torch.cuda.device_of(maps):
         flips = options["HOW"] & _FLIP
         permutation = _numbers(tuple(joints), torch.int32, maps.device) if flips else results[1]
-        reach = options["REACH"]
-        taps = _taps(launch.blur, maps.device) if reach else results[1]
+        taps = _taps(launch.blur, maps.device) if launch.reach else results[1]
         getattr(kernels, name)[(launch.programs,)](
             maps, launch.other, permutation, results[1] if matrix is None else matrix.contiguous(),
             taps, launch.scratch(), *results, *launch.arguments, *numbers,
-            MATRIX=matrix is not None, num_warps=launch.warps, enable_fp_fusion=False, **options,
+            launch.reach,            MATRIX=matrix is not None, num_warps=launch.warps, enable_fp_fusion=False, **options,
         )  # fmt: skip
 
 

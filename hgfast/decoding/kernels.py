@@ -117,32 +117,53 @@ def _first_of(best, cell):
 
 
 @triton.jit
-def _maximum(view, HOW: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr):
-    """Each map's maximum, its cell, and whether there is a NaN; [JOINTS, 1]."""
+def _higher(best, cell, nan, values, cells):
+    """The better of two in each lane; of equal ones the first, which is the one it had."""
+    higher = values > best
+    nan = nan | (values != values)
+    return tl.where(higher, values, best), tl.where(higher, cells, cell), nan
+
+
+@triton.jit
+def _maximum(
+    view, HOW: tl.constexpr, JOINTS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr
+):
+    """Each map's maximum, its cell, and whether there is a NaN; [JOINTS, 1].
+
+    Without LOOP a map is a tile; else four tiles are under way at a time, of which no more is kept
+    than one tile of maxima and their cells.
+    """
     at = tl.arange(0, BLOCK)[None, :]
-    values = _cells(view, at, HOW)
-    nan = values != values
-    best = tl.where(nan, float("-inf"), values)
-    cell = tl.broadcast_to(at, best.shape)
     if LOOP:
-        for start in range(BLOCK, view[6] * view[7], BLOCK):
-            values = _cells(view, at + start, HOW)
-            nan = nan | (values != values)
-            higher = values > best  # so of equal ones a lane keeps the first
-            best = tl.where(higher, values, best)
-            cell = tl.where(higher, at + start, cell)
-    highest, first = _first_of(best, cell)
-    return highest, first, _any(nan)
+        best = tl.full([JOINTS, BLOCK], float("-inf"), tl.float32)
+        cell = tl.zeros([JOINTS, BLOCK], tl.int32) + at
+        nan = best != best
+        for start in range(0, view[6] * view[7], 4 * BLOCK):
+            one = start + at
+            two, three, four = one + BLOCK, one + 2 * BLOCK, one + 3 * BLOCK
+            first, second = _cells(view, one, HOW), _cells(view, two, HOW)
+            third, fourth = _cells(view, three, HOW), _cells(view, four, HOW)
+            best, cell, nan = _higher(best, cell, nan, first, one)
+            best, cell, nan = _higher(best, cell, nan, second, two)
+            best, cell, nan = _higher(best, cell, nan, third, three)
+            best, cell, nan = _higher(best, cell, nan, fourth, four)
+    else:
+        values = _cells(view, at, HOW)
+        nan = values != values
+        best = tl.where(nan, float("-inf"), values)
+        cell = at
+    highest, first_cell = _first_of(best, cell)
+    return highest, first_cell, _any(nan)
 
 
 # ---- Blurring ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _row_sums(view, taps, x, y, mask, HOW: tl.constexpr, REACH: tl.constexpr):
+def _row_sums(view, taps, reach, x, y, mask, HOW: tl.constexpr):
     """The blur along rows at cells (x, y)."""
     total = tl.load(taps) * _value(view, x, y, mask, 0.0, HOW)
-    for step in range(1, REACH + 1):
+    for step in range(1, reach + 1):
         before = _value(view, x - step, y, mask & (x >= step), 0.0, HOW)
         after = _value(view, x + step, y, mask & (x + step < view[7]), 0.0, HOW)
         total = total + tl.load(taps + step) * (before + after)
@@ -150,14 +171,14 @@ def _row_sums(view, taps, x, y, mask, HOW: tl.constexpr, REACH: tl.constexpr):
 
 
 @triton.jit
-def _column_sums(view, plane, taps, x, y, mask, JOINTS: tl.constexpr, REACH: tl.constexpr):
+def _column_sums(view, plane, taps, reach, x, y, mask, JOINTS: tl.constexpr):
     """The blur along columns of what stands in the plane: blurred values at cells (x, y)."""
     height, width = view[6], view[7]
     mask = mask & view[9]
     at = plane + (y * width + x) * JOINTS
     pitch = width * JOINTS
     total = tl.load(taps) * tl.load(at, mask=mask, other=0.0)
-    for step in range(1, REACH + 1):
+    for step in range(1, reach + 1):
         before = tl.load(at - step * pitch, mask=mask & (y >= step), other=0.0)
         after = tl.load(at + step * pitch, mask=mask & (y + step < height), other=0.0)
         total = total + tl.load(taps + step) * (before + after)
@@ -166,8 +187,8 @@ def _column_sums(view, plane, taps, x, y, mask, JOINTS: tl.constexpr, REACH: tl.
 
 @triton.jit
 def _fill_plane(
-    view, plane, taps,
-    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr, REACH: tl.constexpr,
+    view, plane, taps, reach,
+    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Row sums of all cells."""
     height, width = view[6], view[7]
@@ -175,15 +196,15 @@ def _fill_plane(
         cells = start + tl.arange(0, CHUNK)[None, :]
         y = _row_of(cells, view, HOW)
         mask = (cells < height * width) & view[9]
-        sums = _row_sums(view, taps, cells - y * width, y, mask, HOW, REACH)
+        sums = _row_sums(view, taps, reach, cells - y * width, y, mask, HOW)
         tl.store(plane + cells * JOINTS, sums, mask=mask)
     tl.debug_barrier()
 
 
 @triton.jit
 def _blurred_chunk(
-    view, plane, taps, start,
-    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr, REACH: tl.constexpr,
+    view, plane, taps, reach, start,
+    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """CHUNK cells' numbers, which of them there are, and their blurred values."""
     cells = start + tl.arange(0, CHUNK)[None, :]
@@ -192,23 +213,21 @@ def _blurred_chunk(
     return (
         cells,
         mask,
-        _column_sums(view, plane, taps, cells - y * view[7], y, mask, JOINTS, REACH),
+        _column_sums(view, plane, taps, reach, cells - y * view[7], y, mask, JOINTS),
     )
 
 
 @triton.jit
 def _blurred_maximum(
-    view, plane, taps,
-    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr, REACH: tl.constexpr,
+    view, plane, taps, reach,
+    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The blurred maps' maxima, NaN where there is one; fills the plane."""
-    _fill_plane(view, plane, taps, HOW, JOINTS, CHUNK, REACH)
+    _fill_plane(view, plane, taps, reach, HOW, JOINTS, CHUNK)
     best = tl.full([JOINTS, CHUNK], float("-inf"), tl.float32)
     nan = best != best
     for start in range(0, view[6] * view[7], CHUNK):
-        _, mask, values = _blurred_chunk(
-            view, plane, taps, start, HOW, JOINTS, CHUNK, REACH
-        )
+        _, mask, values = _blurred_chunk(view, plane, taps, reach, start, HOW, JOINTS, CHUNK)
         nan = nan | (mask & (values != values))
         best = tl.where(mask & (values > best), values, best)
     highest = tl.max(best, 1, keep_dims=True)
@@ -263,9 +282,9 @@ def _pick(values, dx, dy, SPAN: tl.constexpr, POINTS: tl.constexpr):
 
 @triton.jit
 def _newton_place(
-    view, plane, taps, x, y, highest, wanted, top, known,
+    view, plane, taps, reach, x, y, highest, wanted, top, known,
     LOW: tl.constexpr, HIGH: tl.constexpr, METHOD: tl.constexpr, HOW: tl.constexpr,
-    JOINTS: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, REACH: tl.constexpr,
+    JOINTS: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """dark and udp: places, and the blurred maps' maxima ``top`` with whether they are ``known``.
 
@@ -282,11 +301,11 @@ def _newton_place(
 
     # Row sums around the cell, in rows of 8, of which 2 SPAN + 1 count.
     n = tl.arange(0, WINDOW)[None, :]
-    near_x, near_y = x + (n % 8) - SPAN, y + (n // 8) - (SPAN + REACH)
-    counts = (n % 8 <= 2 * SPAN) & (n // 8 <= 2 * (SPAN + REACH))
+    near_x, near_y = x + (n % 8) - SPAN, y + (n // 8) - (SPAN + reach)
+    counts = (n % 8 <= 2 * SPAN) & (n // 8 <= 2 * (SPAN + reach))
     counts = counts & (near_x >= 0) & (near_x < width) & (near_y >= 0) & (near_y < height)
     counts = counts & view[9]
-    sums = _row_sums(view, taps, near_x, near_y, counts, HOW, REACH)
+    sums = _row_sums(view, taps, reach, near_x, near_y, counts, HOW)
     tl.store(plane + (near_y * width + near_x) * JOINTS, sums, mask=counts)
     tl.debug_barrier()
 
@@ -300,7 +319,7 @@ def _newton_place(
     needed = needed & view[9]
     point_x = tl.minimum(tl.maximum(x + dx, 0), width - 1)
     point_y = tl.minimum(tl.maximum(y + dy, 0), height - 1)
-    blurred = _column_sums(view, plane, taps, point_x, point_y, needed, JOINTS, REACH)
+    blurred = _column_sums(view, plane, taps, reach, point_x, point_y, needed, JOINTS)
     blurred = blurred.to(tl.float64)
 
     clipped = _any(needed & ((blurred >= LOW) == 0))  # the negation also holds for NaN
@@ -308,7 +327,7 @@ def _newton_place(
         clipped = clipped | (highest > HIGH)
     clipped = clipped & wanted
     if (known == 0) & (_anywhere(clipped) > 0):
-        top = _blurred_maximum(view, plane, taps, HOW, JOINTS, CHUNK, REACH)
+        top = _blurred_maximum(view, plane, taps, reach, HOW, JOINTS, CHUNK)
         known = known + 1
     one = tl.full([JOINTS, 1], 1.0, tl.float64)
     scale = tl.where(clipped, highest.to(tl.float64) / top.to(tl.float64), one)
@@ -346,21 +365,19 @@ def _newton_place(
 
 @triton.jit
 def _megvii_place(
-    view, plane, taps, highest,
-    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr, REACH: tl.constexpr,
+    view, plane, taps, reach, highest,
+    HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Places, and scores in float64 of maps with a positive maximum."""
     height, width = view[6], view[7]
-    _fill_plane(view, plane, taps, HOW, JOINTS, CHUNK, REACH)
+    _fill_plane(view, plane, taps, reach, HOW, JOINTS, CHUNK)
     best = tl.full([JOINTS, CHUNK], float("-inf"), tl.float32)
     least = -best
     best_cell = tl.zeros([JOINTS, CHUNK], tl.int32) + tl.arange(0, CHUNK)[None, :]
     least_cell = best_cell
     nan_cell = tl.full([JOINTS, CHUNK], 2147483647, tl.int32)
     for start in range(0, height * width, CHUNK):
-        cells, mask, values = _blurred_chunk(
-            view, plane, taps, start, HOW, JOINTS, CHUNK, REACH
-        )
+        cells, mask, values = _blurred_chunk(view, plane, taps, reach, start, HOW, JOINTS, CHUNK)
         higher, lower = mask & (values > best), mask & (values < least)
         best, best_cell = tl.where(higher, values, best), tl.where(higher, cells, best_cell)
         least, least_cell = tl.where(lower, values, least), tl.where(lower, cells, least_cell)
@@ -377,13 +394,13 @@ def _megvii_place(
     x = cell - y * width
     everywhere = x >= 0
     right = _column_sums(
-        view, plane, taps, tl.minimum(x + 1, width - 1), y, everywhere, JOINTS, REACH
+        view, plane, taps, reach, tl.minimum(x + 1, width - 1), y, everywhere, JOINTS
     )
-    left = _column_sums(view, plane, taps, tl.maximum(x - 1, 0), y, everywhere, JOINTS, REACH)
+    left = _column_sums(view, plane, taps, reach, tl.maximum(x - 1, 0), y, everywhere, JOINTS)
     below = _column_sums(
-        view, plane, taps, x, tl.minimum(y + 1, height - 1), everywhere, JOINTS, REACH
+        view, plane, taps, reach, x, tl.minimum(y + 1, height - 1), everywhere, JOINTS
     )
-    above = _column_sums(view, plane, taps, x, tl.maximum(y - 1, 0), everywhere, JOINTS, REACH)
+    above = _column_sums(view, plane, taps, reach, x, tl.maximum(y - 1, 0), everywhere, JOINTS)
     inside = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
     quarter = tl.where(down, -0.25, 0.25).to(tl.float64)
     moves = inside.to(tl.float64)
@@ -482,10 +499,10 @@ def decode_kernel(
     count, height, width,
     by_image, by_joint, by_row, by_column,
     flipped_by_image, flipped_by_joint, flipped_by_row, flipped_by_column,
-    origin_x: tl.float64, origin_y: tl.float64, beta: tl.float32,
+    origin_x: tl.float64, origin_y: tl.float64, beta: tl.float32, reach,
     METHOD: tl.constexpr, MARK: tl.constexpr, HOW: tl.constexpr, MATRIX: tl.constexpr,
     TRUNCATE: tl.constexpr, JOINTS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
-    CHUNK: tl.constexpr, WINDOW: tl.constexpr, REACH: tl.constexpr,
+    CHUNK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One joint per map. A program per JOINTS maps of an image, ``count`` maps an image."""
     program = tl.program_id(0)
@@ -500,14 +517,15 @@ def decode_kernel(
     )  # fmt: skip
     plane = scratch + program.to(tl.int64) * JOINTS * height * width + tl.arange(0, JOINTS)[:, None]
 
-    highest, cell, lost = _maximum(view, HOW, BLOCK, LOOP)
+    highest, cell, lost = _maximum(view, HOW, JOINTS, BLOCK, LOOP)
     visible = (highest > 0) & (lost == 0)
     score = highest.to(tl.float64)
+    none = tl.full([], 0, tl.int32)
     if METHOD == "softargmax":
         x, y, several = _softargmax_place(view, highest, beta, HOW, JOINTS, CHUNK)
         visible = several & (lost == 0)
     elif METHOD == "megvii":
-        x, y, megvii_score = _megvii_place(view, plane, taps, highest, HOW, JOINTS, CHUNK, REACH)
+        x, y, megvii_score = _megvii_place(view, plane, taps, reach, highest, HOW, JOINTS, CHUNK)
         score = tl.where(visible, megvii_score, score)
     else:
         row = cell // width
@@ -516,13 +534,13 @@ def decode_kernel(
             x, y = column.to(tl.float64), row.to(tl.float64)
         elif METHOD == "dark":
             x, y, _, _ = _newton_place(
-                view, plane, taps, column, row, highest, visible, highest, 0,
-                1e-10, 0.0, METHOD, HOW, JOINTS, CHUNK, WINDOW, REACH,
+                view, plane, taps, reach, column, row, highest, visible, highest, none,
+                1e-10, 0.0, METHOD, HOW, JOINTS, CHUNK, WINDOW,
             )  # fmt: skip
         elif METHOD == "udp":
             x, y, _, _ = _newton_place(
-                view, plane, taps, column, row, highest, visible, highest, 0,
-                1e-3, 50.0, METHOD, HOW, JOINTS, CHUNK, WINDOW, REACH,
+                view, plane, taps, reach, column, row, highest, visible, highest, none,
+                1e-3, 50.0, METHOD, HOW, JOINTS, CHUNK, WINDOW,
             )  # fmt: skip
         else:
             x, y = _slope_place(view, column, row, METHOD, HOW)
@@ -550,13 +568,12 @@ def _suppress(view, peaks, HOW: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.co
         best = tl.where(values > best, values, best)
         peak = (values > 0) & view[9]
         # Only cells that may still be one ask for their next neighbour.
-        for row in tl.static_range(2 * RADIUS + 1):
-            for column in tl.static_range(2 * RADIUS + 1):
-                if row != RADIUS or column != RADIUS:
-                    at_x, at_y = x + (column - RADIUS), y + (row - RADIUS)
-                    there = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)
-                    other = _value(view, at_x, at_y, peak & there, float("-inf"), HOW)
-                    peak = peak & ((other > values) == 0)
+        for row in range(2 * RADIUS + 1):
+            for column in range(2 * RADIUS + 1):
+                at_x, at_y = x + (column - RADIUS), y + (row - RADIUS)
+                there = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)
+                other = _value(view, at_x, at_y, peak & there, float("-inf"), HOW)
+                peak = peak & ((other > values) == 0)
         kept = tl.where(peak, values, float("-inf"))
         tl.store(peaks + cells * JOINTS, kept, mask=(cells < height * width) & view[9])
     tl.debug_barrier()
@@ -586,10 +603,10 @@ def topk_kernel(
     count, height, width,
     by_image, by_joint, by_row, by_column,
     flipped_by_image, flipped_by_joint, flipped_by_row, flipped_by_column,
-    origin_x: tl.float64, origin_y: tl.float64, k,
+    origin_x: tl.float64, origin_y: tl.float64, k, reach,
     METHOD: tl.constexpr, MARK: tl.constexpr, HOW: tl.constexpr, MATRIX: tl.constexpr,
     TRUNCATE: tl.constexpr, JOINTS: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
-    REACH: tl.constexpr, RADIUS: tl.constexpr,
+    RADIUS: tl.constexpr,
 ):  # fmt: skip
     """The k highest peaks of each map, in k rounds that remember nothing but the peak before.
 
@@ -613,8 +630,8 @@ def topk_kernel(
     previous = tl.full([JOINTS, 1], float("inf"), tl.float32)
     cell = tl.full([JOINTS, 1], -1, tl.int32)
     top = highest
-    known = 0
-    left = 1
+    known = tl.full([], 0, tl.int32)
+    left = known + 1
     for n in range(k):
         found = (lost != 0) & (lost == 0)
         x = tl.zeros([JOINTS, 1], tl.float64)
@@ -629,13 +646,13 @@ def topk_kernel(
                 x, y = column.to(tl.float64), row.to(tl.float64)
             elif METHOD == "dark":
                 x, y, top, known = _newton_place(
-                    view, plane, taps, column, row, highest, found, top, known,
-                    1e-10, 0.0, METHOD, HOW, JOINTS, CHUNK, WINDOW, REACH,
+                    view, plane, taps, reach, column, row, highest, found, top, known,
+                    1e-10, 0.0, METHOD, HOW, JOINTS, CHUNK, WINDOW,
                 )  # fmt: skip
             elif METHOD == "udp":
                 x, y, top, known = _newton_place(
-                    view, plane, taps, column, row, highest, found, top, known,
-                    1e-3, 50.0, METHOD, HOW, JOINTS, CHUNK, WINDOW, REACH,
+                    view, plane, taps, reach, column, row, highest, found, top, known,
+                    1e-3, 50.0, METHOD, HOW, JOINTS, CHUNK, WINDOW,
                 )  # fmt: skip
             else:
                 x, y = _slope_place(view, column, row, METHOD, HOW)
