@@ -182,17 +182,12 @@ void write_joint(const DecodeParams& p, const Heatmap<T>& map, const Peak& peak,
 // ---- several peaks
 // -------------------------------------------------------------------------------
 
-struct Cell {
-  float value;
-  int64_t at;
-};
-
 // The highest peaks of a heatmap, in order.
 class Ranking {
  public:
   Ranking(const DecodeParams& p, Scratch& scratch)
       : most_(p.k ? min(p.k, p.height * p.width) : 0),
-        best_(scratch.take<Cell>(most_)),
+        best_(scratch.take<Peak>(most_)),
         line_(scratch.take<float>(p.k ? round_up(p.width, kLanes) + p.window : 0)) {}
 
   // Of a map with a positive value and without NaN; no cell of window x window exceeds a peak.
@@ -216,7 +211,7 @@ class Ranking {
         const Vec peak = v == top ? v : Vec{};
         for (unsigned higher = larger_lanes(peak, splat(least())); higher; higher &= higher - 1) {
           const int i = __builtin_ctz(higher);
-          add({peak[i], y * map.width + x + i});
+          add({peak[i], x + i, y});
         }
       });
     }
@@ -224,22 +219,22 @@ class Ranking {
 
   void clear() { found_ = 0; }
   int64_t count() const { return found_; }
-  const Cell& operator[](int64_t i) const { return best_[i]; }
+  const Peak& operator[](int64_t i) const { return best_[i]; }
 
  private:
   // What a peak must exceed.
   float least() const { return found_ == most_ ? best_[found_ - 1].value : 0; }
 
   // Cells come in row order: of equal ones the first stays ahead.
-  void add(Cell cell) {
-    if (!(cell.value > least())) return;
+  void add(Peak peak) {
+    if (!(peak.value > least())) return;
     int64_t rank = found_ < most_ ? found_++ : found_ - 1;
-    for (; rank > 0 && best_[rank - 1].value < cell.value; --rank) best_[rank] = best_[rank - 1];
-    best_[rank] = cell;
+    for (; rank > 0 && best_[rank - 1].value < peak.value; --rank) best_[rank] = best_[rank - 1];
+    best_[rank] = peak;
   }
 
   int64_t most_, found_ = 0;
-  Cell* best_;
+  Peak* best_;
   float* line_;
 };
 
@@ -253,8 +248,8 @@ void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image
   const int64_t first = (image * p.joints + joint) * p.k;
   for (int64_t i = 0; i < p.k; ++i) {
     if (i < ranking.count()) {
-      const auto [value, at] = ranking[i];
-      write(p, image, first + i, refine(p, map, highest, at % p.width, at / p.width, sharp), value);
+      const Peak peak = ranking[i];
+      write(p, image, first + i, refine(p, map, highest, peak.x, peak.y, sharp), peak.value);
     } else {
       write(p, image, first + i, {mark, mark}, highest.value == highest.value ? 0 : kNan);
     }
@@ -342,14 +337,18 @@ class Worker {
   template <class T>
   void run(int64_t begin, int64_t end) {
     const int64_t together = joints_per_task(p_), groups = ceil_div(p_.joints, together);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / groups, first = task % groups * together;
+    int64_t image = begin / groups, first = begin % groups * together;
+    for (int64_t task = begin; task < end; ++task, first += together) {
+      if (first >= p_.joints) {
+        ++image;
+        first = 0;
+      }
       const int64_t count = min(together, p_.joints - first);
       if (!interleaved(p_.maps)) {
         one<T>(image, first);
       } else if (from_cell(p_) && !p_.flipped.data) {
         Peak peaks[kTogether];
-        find_peaks(heatmap<T>(p_.maps, image, first), count, peaks);
+        find_peaks<kTogether>(heatmap<T>(p_.maps, image, first), count, peaks);
         for (int64_t i = 0; i < count; ++i)
           write_joint(p_, heatmap<T>(p_.maps, image, first + i), peaks[i], image, first + i,
                       sharp_);

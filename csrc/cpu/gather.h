@@ -77,6 +77,13 @@ void gather_joints(const Heatmap<T>& map, int64_t joints, float* planes, int64_t
     const T* row = map.data + y * map.stride_h;
     each(joints, [&](int64_t joint, auto lanes) {
       const int64_t count = min(kLanes, joints - joint);
+      if (count <= kLanes / 4) {  // a square would be mostly empty
+        for (int64_t i = 0; i < count; ++i) {
+          float* to = planes + (joint + i) * plane_size + y * map.width;
+          for (int64_t x = 0; x < map.width; ++x) to[x] = value(row + x * map.stride_w + joint + i);
+        }
+        return;
+      }
       each(map.width, [&](int64_t x, auto pixels) {
         const int64_t wide = min(kLanes, map.width - x);
         Vec square[kLanes];

@@ -137,6 +137,15 @@ struct Peak {
   int64_t x, y;  // the first cell, in row order, that has it
 };
 
+// The cell number `index`, in row order.
+template <class T>
+inline Peak cell_of(const Heatmap<T>& map, float value, int64_t index) {
+  // 64 bits divide several times as slowly.
+  const int64_t y = index >> 32 ? index / map.width
+                                : static_cast<uint32_t>(index) / static_cast<uint32_t>(map.width);
+  return {value, index - y * map.width, y};
+}
+
 constexpr float kNan = __builtin_nanf("");
 constexpr float kInfinity = __builtin_inff();
 
@@ -147,19 +156,20 @@ constexpr float kInfinity = __builtin_inff();
 // chunk that has it, which is still in the L1 cache.
 template <class T>
 Peak find_peak(const Heatmap<T>& map) {
-  constexpr int64_t kChunks = 32;
+  constexpr int64_t kChunks = 16;
+  constexpr int64_t kAhead = 2048;
   const int64_t count = map.height * map.width;
   if (count < kLanes) {
     Peak peak{-kInfinity, 0, 0};
     for (int64_t i = 0; i < count; ++i) {
       const float v = value(map.data + i);
       if (v != v) return {kNan, 0, 0};
-      if (v > peak.value) peak = {v, i % map.width, i / map.width};
+      if (v > peak.value) peak = cell_of(map, v, i);
     }
     return peak;
   }
   const Vec lowest = splat(-kInfinity);
-  const int64_t chunk = max(8 * kLanes, round_up(ceil_div(count, kChunks), 4 * kLanes));
+  const int64_t chunk = max(4 * kLanes, round_up(ceil_div(count, kChunks), 4 * kLanes));
   Vec tops[kChunks];
   NanWatch nan;
   Vec best = lowest;
@@ -169,6 +179,8 @@ Peak find_peak(const Heatmap<T>& map) {
     int64_t i = first;
     Vec a = lowest, b = lowest, c = lowest, d = lowest;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (size_t line = 0; line < 4 * kLanes * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(map.data + i) + kAhead + line);
       Vec v, w, x, y;
       load_pair(map.data + i, &v, &w);
       load_pair(map.data + i + 2 * kLanes, &x, &y);
@@ -196,8 +208,7 @@ Peak find_peak(const Heatmap<T>& map) {
     const int64_t at = min(i, count - kLanes);
     const unsigned lanes = equal_lanes(load(map.data + at, Whole{}), splat(top));
     if (!lanes) continue;
-    const int64_t cell = at + __builtin_ctz(lanes);
-    return {top, cell % map.width, cell / map.width};
+    return cell_of(map, top, at + __builtin_ctz(lanes));
   }
   return {top, 0, 0};  // not reached
 }
@@ -207,7 +218,7 @@ Peak find_peak(const Heatmap<T>& map) {
 // A register holds as many joints. Again the first pass only compares, and remembers after each row
 // for every joint whether the row was higher than all before; the column is looked up in that row.
 template <class T>
-void find_peaks(const Heatmap<T>& map, int64_t count, Peak* peaks) {
+void find_peaks_of_joints(const Heatmap<T>& map, int64_t count, Peak* peaks) {
   each(count, [&](int64_t joint, auto lanes) {
     Vec best = splat(-kInfinity);
     Bits rows{};
@@ -232,17 +243,107 @@ void find_peaks(const Heatmap<T>& map, int64_t count, Peak* peaks) {
       rows = top > best ? Bits{} + static_cast<uint32_t>(y) : rows;
       best = larger(top, best);
     }
+    const unsigned lost = nan.lanes();
     for (int64_t i = 0; i < min(kLanes, count - joint); ++i) {
       Peak& peak = peaks[joint + i];
       peak = {best[i], 0, rows[i]};
-      if (nan.lanes() >> i & 1) {
+      if (lost >> i & 1) {
         peak.value = kNan;
         continue;
       }
-      const T* row = map.data + peak.y * map.stride_h + joint + i;
-      while (value(row + peak.x * map.stride_w) != peak.value) ++peak.x;
+      const T* at = map.data + peak.y * map.stride_h + joint + i;
+      while (value(at) != peak.value) {
+        at += map.stride_w;
+        ++peak.x;
+      }
     }
   });
+}
+
+// The same where nothing lies between the pixels: memory is a row of values again, in which the
+// joints recur every `joints` registers, kLanes pixels on, in the same lanes. So every register is
+// full and every cache line read once, whatever the number of joints.
+template <class T, int kMostJoints>
+void find_peaks_of_pixels(const Heatmap<T>& map, int64_t joints, Peak* peaks) {
+  constexpr int64_t kPeriods = 8;  // make a chunk, which stays in the L1 cache
+  const int64_t count = map.height * map.width, last = count - kLanes;
+  Vec tops[kMostJoints];
+  Bits chunks[kMostJoints];
+  NanWatch nans[kMostJoints];
+  for (int64_t j = 0; j < joints; ++j) {
+    tops[j] = splat(-kInfinity);
+    chunks[j] = Bits{};
+  }
+  for (int64_t chunk = 0; chunk * kPeriods * kLanes < count; ++chunk) {
+    const int64_t first = chunk * kPeriods * kLanes, end = min(first + kPeriods * kLanes, count);
+    for (int64_t j = 0; j < joints; ++j) {
+      const T* from = map.data + j * kLanes;
+      Vec top = splat(-kInfinity);
+      NanWatch nan = nans[j];
+      int64_t pixel = first;
+      for (; pixel + 2 * kLanes <= end; pixel += 2 * kLanes) {
+        const Vec a = load(from + pixel * joints, Whole{});
+        const Vec b = load(from + (pixel + kLanes) * joints, Whole{});
+        top = larger(larger(a, b), top);
+        nan.see(a, b);
+      }
+      for (; pixel < end; pixel += kLanes) {  // the map's end, some of it again
+        const Vec a = load(from + min(pixel, last) * joints, Whole{});
+        top = larger(a, top);
+        nan.see(a, a);
+      }
+      nans[j] = nan;
+      chunks[j] = top > tops[j] ? Bits{} + static_cast<uint32_t>(chunk) : chunks[j];
+      tops[j] = larger(top, tops[j]);
+    }
+  }
+
+  // Lane i of register j is joint (j kLanes + i) % joints of a pixel of each period.
+  float values[kMostJoints * kLanes];
+  uint32_t at[kMostJoints * kLanes];
+  memcpy(values, tops, joints * sizeof(Vec));
+  memcpy(at, chunks, joints * sizeof(Bits));
+  for (int64_t joint = 0; joint < joints; ++joint) peaks[joint] = {-kInfinity, 0, 0};
+  for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t joint = 0; joint < joints; ++joint) {
+      float& best = peaks[joint].value;
+      best = values[i * joints + joint] > best ? values[i * joints + joint] : best;
+    }
+  }
+  for (int64_t joint = 0; joint < joints; ++joint) {
+    const float top = peaks[joint].value;
+    uint32_t chunk = UINT32_MAX;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const bool earlier = values[i * joints + joint] == top && at[i * joints + joint] < chunk;
+      chunk = earlier ? at[i * joints + joint] : chunk;
+    }
+    int64_t cell = count;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (values[i * joints + joint] != top || at[i * joints + joint] != chunk) continue;
+      for (int64_t pixel = chunk * kPeriods * kLanes; pixel < count; pixel += kLanes) {
+        const int64_t here = min(pixel, last) + i;
+        if (value(map.data + here * joints + joint) != top) continue;
+        cell = min(cell, here);
+        break;
+      }
+    }
+    peaks[joint] = cell_of(map, top, cell);
+  }
+  for (int64_t j = 0; j < joints; ++j) {
+    const unsigned lost = nans[j].lanes();
+    for (int i = 0; lost >> i; ++i)
+      if (lost >> i & 1) peaks[(j * kLanes + i) % joints].value = kNan;
+  }
+}
+
+template <int kMostJoints, class T>
+void find_peaks(const Heatmap<T>& map, int64_t joints, Peak* peaks) {
+  const bool dense = map.stride_w == joints && map.stride_h == map.width * joints;
+  if (dense && map.height * map.width >= kLanes) {
+    find_peaks_of_pixels<T, kMostJoints>(map, joints, peaks);
+  } else {
+    find_peaks_of_joints(map, joints, peaks);
+  }
 }
 
 // The first NaN of a heatmap in which there is one.
