@@ -174,6 +174,17 @@ def test_invisible_joints_have_the_same_mark(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_msra_makes_nan_of_two_neighbours_of_minus_infinity() -> None:
+    maps = torch.zeros(1, 1, 8, 8)
+    maps[0, 0, 3, 3:6] = torch.tensor([-torch.inf, 1, -torch.inf])
+    maps[0, 0, 4, 4] = 0.5
+    x, y = cells(maps, "msra", 11)[0][0, 0]
+    assert np.isnan(x)
+    assert y == 3.25
+    assert ours(maps, "msra", 11)[0].tolist() == [[[4, 3.25]]]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_megvii_scores_a_map_of_zeros_with_nan() -> None:
     places, scores = cells(torch.zeros(1, 1, 8, 8), "megvii", 11)
     assert np.isnan(scores).all()

@@ -43,21 +43,9 @@ class Given(nn.Module):
 @pytest.mark.parametrize("size", [(64, 64), (24, 32), (2, 3), (1, 1)])
 def test_final_preds_untransformed(kind: str, size: tuple[int, int]) -> None:
     maps = maps_of(kind, 4, 16, *size)
-    if kind == "infinite":  # see the next test
-        maps = torch.where(maps == -torch.inf, 0, maps)
     coords, _ = hgfast.decode(maps, "newell")
     expected = final_preds_untransformed(maps.clone(), size[::-1])
     assert torch.equal(coords, expected)
-
-
-def test_two_neighbours_of_minus_infinity_are_a_tie_and_no_nan() -> None:
-    maps = torch.zeros(1, 1, 8, 8)
-    maps[0, 0, 3, 3:6] = torch.tensor([-torch.inf, 1, -torch.inf])
-    maps[0, 0, 4, 4] = 0.5
-    assert hgfast.decode(maps, "newell")[0].tolist() == [[[4.5, 3.75]]]
-    expected = final_preds_untransformed(maps, (8, 8))[0, 0]
-    assert expected[0].isnan()
-    assert expected[1] == 3.75
 
 
 @pytest.mark.parametrize("flip", [False, True])
