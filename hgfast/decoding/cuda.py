@@ -134,11 +134,16 @@ class Launch:
         self.joints = 32 // heatmaps.element_size() if grouped else 1
         self.programs = batch * -(-count // self.joints)
         self.loops = grouped or self.cells > 4096
-        most = 2048 if self.loops and not grouped else 4096
-        self.block = min(most // self.joints, _power_of_two(self.cells))
-        # 16 values a thread where tiles are under way in fours, 32 where the map is one tile.
-        tile = self.joints * self.block
-        self.warps = max(1, min(8, tile // 512)) if self.loops else max(1, tile // 1024)
+        # 32 values a thread under way, and as many registers for them; of two maps half of each.
+        if self.loops:  # tiles in fours
+            each = 8 if flipped is None else 4
+            most = each * 32 * (8 if grouped else 4)
+            self.block = min(most // self.joints, _power_of_two(self.cells))
+            self.warps = max(1, self.joints * self.block // (32 * each))
+        else:
+            self.block = _power_of_two(self.cells)
+            self.warps = max(1, self.block // 1024)
+        self.registers = 255
         chunk = min(256 * self.warps // self.joints, self.block)
 
         flat = by_row == width * by_column or height == 1
@@ -199,7 +204,8 @@ def _run(
         getattr(kernels, name)[(launch.programs,)](
             maps, launch.other, permutation, results[1] if matrix is None else matrix.contiguous(),
             taps, launch.scratch(), *results, *launch.arguments, *numbers,
-            launch.reach,            MATRIX=matrix is not None, num_warps=launch.warps, enable_fp_fusion=False, **options,
+            launch.reach,            MATRIX=matrix is not None, num_warps=launch.warps, maxnreg=launch.registers,
+            enable_fp_fusion=False, **options,
         )  # fmt: skip
 
 
