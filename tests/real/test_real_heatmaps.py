@@ -52,8 +52,11 @@ def test_a_newton_step_is_worth_more(real_heatmaps: dict[str, np.ndarray]) -> No
 
 def test_half_a_cell_belongs_to_some_networks_only(real_heatmaps: dict[str, np.ndarray]) -> None:
     """As docs/decoding.md says: the wrong convention costs more than a better method gains."""
-    right, wrong = (on_coco(real_heatmaps, method)[0] for method in ("quarter", "newell"))
+    right, wrong, plain, best = (
+        on_coco(real_heatmaps, method)[0] for method in ("quarter", "newell", "argmax", "dark")
+    )
     assert wrong < right - 0.03
+    assert 0.02 < best - plain < right - wrong
     right, wrong = (
         on_mpii(real_heatmaps, "mpii_efficientpose", method) for method in ("newell", "quarter")
     )

@@ -1,0 +1,33 @@
+"""The examples of the documents give what the documents say."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["decoding.md"])
+def test_examples(name: str) -> None:
+    blocks = re.findall(r"```pycon\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+    assert blocks
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, name, name, 0)
+    report: list[str] = []
+    doctest.DocTestRunner().run(example, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("name", ["decoding.md"])
+def test_what_it_refers_to_is_there(name: str) -> None:
+    text = (DOCS / name).read_text()
+    for test in set(re.findall(r"`((?:\w+/)*test_\w+)`", text)):
+        assert (DOCS.parent / "tests" / f"{test}.py").is_file(), test
+    for path in set(re.findall(r"\]\(([^)#]+)\)", text)):
+        assert (DOCS / path).exists(), path
+    for path in set(re.findall(r"`((?:hgfast|tests|csrc)/[\w/]+\.\w+)`", text)):
+        assert (DOCS.parent / path).is_file(), path
