@@ -26,10 +26,16 @@ import torch
 from torch import Tensor
 
 from hgfast import _native
+from hgfast.decoding import cuda
 
 __all__ = ["bottleneck", "conv", "decode", "decode_topk", "upsample_add"]
 
 _available = _native.load() is not None
+
+
+def is_available() -> bool:
+    """Whether hgfast's compiled part, which defines the operators, is there."""
+    return _available
 
 
 def _require() -> None:
@@ -343,3 +349,4 @@ if _available:
     torch.library.register_fake("hgfast::upsample_add.maps", _fake_upsample_add_maps)
     torch.library.register_fake("hgfast::decode", _fake_decode)
     torch.library.register_fake("hgfast::decode.topk", _fake_decode_topk)
+    cuda.register()

@@ -19,18 +19,17 @@ from torch import Tensor
 from hgfast.decoding.reference import CELL_METHODS, MAP_METHODS, METHODS, gaussian_taps
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Without a bound ptxas puts a register or two on the stack, to fit more threads.
+_COMPILED = {"enable_fp_fusion": False, "maxnreg": 255}
 _MOST_CELLS = 2**27  # of a map: the kernels count cells, times 16 joints, in 32 bits
 
 # How a map is read: as in kernels.py, which cannot be imported without Triton.
 _FLIP, _SHIFT, _MEAN, _FLAT, _WIDE, _QUICK = (1 << bit for bit in range(6))
 
+#: Whether there is a Triton to launch kernels with.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 Decoded = tuple[Tensor, Tensor]
-
-
-@functools.cache
-def is_available() -> bool:
-    """Whether there is a Triton to launch kernels with; does not import it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -126,7 +125,7 @@ class Launch:
         planes: int,
     ) -> None:
         batch, count, height, width = heatmaps.shape
-        by_image, by_joint, by_row, by_column = heatmaps.stride()
+        _, by_joint, by_row, by_column = heatmaps.stride()
         self.maps, self.other = heatmaps, heatmaps if flipped is None else flipped
         self.planes, self.cells, self.blur = planes, height * width, blur
         # Joints that are neighbours in memory: as many as a sector of 32 bytes has.
@@ -143,7 +142,6 @@ class Launch:
         else:
             self.block = _power_of_two(self.cells)
             self.warps = max(1, self.block // 1024)
-        self.registers = 255
         chunk = min(256 * self.warps // self.joints, self.block)
 
         flat = by_row == width * by_column or height == 1
@@ -192,20 +190,19 @@ def _run(
     numbers: tuple[float, ...],
     options: dict[str, Any],
 ) -> None:
-    if not is_available():
+    if not HAS_TRITON:
         raise RuntimeError(f"{name} needs Triton, which is not installed: pip install triton")
     from hgfast.decoding import kernels
 
     maps = launch.maps
-    with torch.cuda.device_of(maps):
+    with torch.cuda.device_of(maps):  # type: ignore[no-untyped-call]
         flips = options["HOW"] & _FLIP
         permutation = _numbers(tuple(joints), torch.int32, maps.device) if flips else results[1]
         taps = _taps(launch.blur, maps.device) if launch.reach else results[1]
         getattr(kernels, name)[(launch.programs,)](
             maps, launch.other, permutation, results[1] if matrix is None else matrix.contiguous(),
             taps, launch.scratch(), *results, *launch.arguments, *numbers,
-            launch.reach,            MATRIX=matrix is not None, num_warps=launch.warps, maxnreg=launch.registers,
-            enable_fp_fusion=False, **options,
+            launch.reach, MATRIX=matrix is not None, num_warps=launch.warps, **_COMPILED, **options,
         )  # fmt: skip
 
 

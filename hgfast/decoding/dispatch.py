@@ -11,8 +11,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from hgfast import _native
-from hgfast.decoding import reference
+from hgfast import ops
+from hgfast.decoding import cuda, reference
 from hgfast.decoding.options import Flip, GlobalTopK, TopK, Transform
 from hgfast.decoding.reference import CELL_METHODS, METHODS
 
@@ -157,13 +157,13 @@ def _checked(
     return _Asked(maps.detach(), method, peaks, beta, arguments)
 
 
-def _answer(asked: _Asked, ops: Any) -> tuple[Tensor, ...]:
-    """``ops`` has the operators: torch.ops.hgfast, or the reference."""
+def _answer(asked: _Asked, operators: Any) -> tuple[Tensor, ...]:
+    """``operators`` has the operators: torch.ops.hgfast, or the reference."""
     maps, method, peaks = asked.maps, asked.method, asked.peaks
     if peaks is None:
-        coords, scores = ops.decode(maps, method, beta=asked.beta, **asked.arguments)
+        coords, scores = operators.decode(maps, method, beta=asked.beta, **asked.arguments)
         return coords, scores
-    decode_topk = reference.decode_topk if ops is reference else ops.decode.topk
+    decode_topk = reference.decode_topk if operators is reference else operators.decode.topk
     coords, scores = decode_topk(maps, method, peaks.k, peaks.window, **asked.arguments)
     if isinstance(peaks, GlobalTopK):
         return _across_maps(coords, scores, peaks.k)
@@ -173,9 +173,8 @@ def _answer(asked: _Asked, ops: Any) -> tuple[Tensor, ...]:
 def _has_kernel(maps: Tensor) -> bool:
     if maps.dtype not in _NATIVE_DTYPES or os.environ.get("HGFAST_DISABLE", "0") not in ("", "0"):
         return False
-    if _native.load() is None:
-        return False
-    return maps.device.type == "cpu"
+    device = maps.device.type
+    return ops.is_available() and (device == "cpu" or (device == "cuda" and cuda.HAS_TRITON))
 
 
 def _across_maps(coords: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,10 +48,8 @@ QUICK = tl.constexpr(32)  # width > 1 and height * width^2 < 2^32, as _row_of ne
 def _row_of(cells, view, HOW: tl.constexpr):
     """cells // width; QUICK: as the upper half of a product with ceil(2^32 / width)."""
     if QUICK & HOW:
-        row = tl.umulhi(cells.to(tl.uint32), view[8]).to(tl.int32)
-    else:
-        row = cells // view[7]
-    return row
+        return tl.umulhi(cells.to(tl.uint32), view[8]).to(tl.int32)
+    return cells // view[7]
 
 
 @triton.jit
@@ -60,22 +58,16 @@ def _load(view, x, y, cells, mask, other, HOW: tl.constexpr):
 
     ``cells`` are their numbers, asked for only if FLAT.
     """
-    maps, flipped, row, column, flipped_row, flipped_column, height, width, magic, own = view
+    maps, flipped, row, column, flipped_row, flipped_column, _, width, _, own = view
     if WIDE & HOW:
         x = x.to(tl.int64)
         y = y.to(tl.int64)
         cells = cells.to(tl.int64)
-    if FLAT & HOW:
-        pointers = maps + cells * column
-    else:
-        pointers = maps + (y * row + x * column)
+    pointers = maps + (cells * column if FLAT & HOW else y * row + x * column)
     # To float32 at once: 16-bit types would round in between.
     values = tl.load(pointers, mask=mask & own, other=other).to(tl.float32)
     if FLIP & HOW:
-        if SHIFT & HOW:
-            mirrored = tl.minimum(width - x, width - 1)
-        else:
-            mirrored = width - 1 - x
+        mirrored = tl.minimum(width - x, width - 1) if SHIFT & HOW else width - 1 - x
         pointers = flipped + (y * flipped_row + mirrored * flipped_column)
         values = values + tl.load(pointers, mask=mask & own, other=0.0).to(tl.float32)
         if MEAN & HOW:
