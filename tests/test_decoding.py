@@ -170,6 +170,16 @@ def test_udp_by_hand() -> None:
     assert (y, score) == (3, 1)
 
 
+def test_udp_moves_on_a_map_of_one_row() -> None:
+    """The Hessian is singular there but for its eps."""
+    row = torch.tensor([0.25, 0.5, 1, 0.75, 0.25]).view(1, 1, 1, 5)
+    gradient = math.log(11 / 9) / 2
+    curvature = math.log((11 / 16) * (9 / 16) / (13 / 16) ** 2)
+    x, y, _ = decoded(row, "udp", blur=3)
+    assert x == pytest.approx(2 - gradient / curvature, rel=1e-6)
+    assert y == 0
+
+
 def test_megvii_by_hand() -> None:
     x, y, score = decoded(separable(), "megvii", blur=3)
     assert (x, y) == (5.75, 3.5)
@@ -188,6 +198,8 @@ def test_softargmax_by_hand() -> None:
         assert (x, y) == pytest.approx(place, rel=1e-6)
         assert score == pytest.approx(math.log(3))
     assert decoded(row, "softargmax", beta=2)[0] == pytest.approx(0.9, rel=1e-6)
+    two = heatmap({(2, 3): math.inf, (6, 3): math.inf, (9, 0): 5})
+    assert decoded(two, "softargmax") == (4, 3, math.inf)
     # Where nothing stands out there is nothing to see; negative maps are as good as any.
     assert decoded(row - 5, "softargmax")[0] == pytest.approx(0.75, rel=1e-6)
     assert decoded(torch.full((1, 1, 4, 4), 2.0), "softargmax") == (0, 0, 2)
