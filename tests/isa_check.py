@@ -7,13 +7,17 @@ An instruction set is chosen once per process, so test_cpu_plan.py runs this fil
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HGFAST_CPU_ISA"] = sys.argv[1]
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import decode_checks
 import torch
 from op_checks import (
     LAYOUTS,
@@ -27,7 +31,6 @@ from op_checks import (
     check_small_hourglass,
     conv_reference,
     conv_weights,
-    decode_reference,
     native,
     random_map,
     small_hourglass,
@@ -36,6 +39,7 @@ from op_checks import (
 from torch import Tensor
 
 from hgfast import ops
+from hgfast.decoding import METHODS
 
 
 def close(out: Tensor, eager: Tensor, reference: Tensor) -> None:
@@ -90,11 +94,62 @@ def check_the_rest(dtype: torch.dtype) -> None:
     low, skip = random_map(2, 19, 3, 5, dtype=dtype), random_map(2, 19, 6, 10, dtype=dtype, seed=2)
     assert torch.equal(ops.upsample_add(low, skip), upsample_add_reference(low, skip))
     ran("upsample_add")
-    heatmaps = random_map(2, 3, 21, 35, dtype=dtype)
-    heatmaps[0, 1, 20, 34] = torch.nan
-    for ours, reference in zip(ops.decode(heatmaps), decode_reference(heatmaps), strict=True):
-        assert torch.equal(ours.nan_to_num(-1), reference.nan_to_num(-1))
+
+
+def check_decode(dtype: torch.dtype) -> None:
+    flips = {"joints": list(range(19))[::-1], "shift": True}
+    for layout in decode_checks.LAYOUTS:
+        for kind, height, width in [("peaked", 21, 35), ("tied", 3, 5)]:
+            maps, other = (
+                decode_checks.laid_out(
+                    decode_checks.maps_of(kind, 2, 19, height, width, seed).to(dtype), layout
+                )
+                for seed in (0, 1)
+            )
+            for method in METHODS:
+                for rest in ({}, {"flipped": other, **flips}):
+                    request = {"maps": maps, "method": method, "blur": 11, **rest}
+                    decode_checks.assert_agree(decode_checks.run(ops.decode, request), request)
+                    if method not in decode_checks.CELL_METHODS:
+                        continue
+                    request.update(k=7, window=5)
+                    decode_checks.assert_agree(decode_checks.run(ops.decode_topk, request), request)
+        nan = decode_checks.laid_out(decode_checks.maps_of("nan", 1, 19, 8, 16).to(dtype), layout)
+        request = {"maps": nan, "method": "quarter"}
+        decode_checks.assert_agree(decode_checks.run(ops.decode, request), request)
     ran("decode")
+
+
+def walled(maps: Tensor) -> Iterator[Tensor]:
+    """Copies in the same layout that end where memory ends, and that begin where it begins: to read
+    beside them kills the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = maps.numel() * maps.element_size()
+    inside = -size % mmap.PAGESIZE + size
+    for offset in (inside - size, 0):
+        memory = mmap.mmap(-1, inside + 2 * mmap.PAGESIZE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for wall in (start, start + mmap.PAGESIZE + inside):
+            assert libc.mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
+        whole = torch.frombuffer(
+            memory, dtype=maps.dtype, count=maps.numel(), offset=mmap.PAGESIZE + offset
+        )
+        yield whole.as_strided(maps.shape, maps.stride()).copy_(maps)
+
+
+def check_bounds(dtype: torch.dtype) -> None:
+    for joints, height, width in [(3, 5, 7), (17, 9, 16), (1, 1, 1), (2, 12, 33), (33, 3, 11)]:
+        for layout in ("contiguous", "channels_last"):
+            maps = decode_checks.laid_out(
+                decode_checks.maps_of("random", 1, joints, height, width).to(dtype), layout
+            )
+            order = list(range(joints))
+            for method in METHODS:
+                for inside in walled(maps):
+                    for options in ({}, {"flipped": inside, "joints": order, "shift": True}):
+                        ops.decode(inside, method, **options)
+                        if method in decode_checks.CELL_METHODS:
+                            ops.decode_topk(inside, method, 3, 5, **options)
 
 
 def main() -> None:
@@ -106,6 +161,10 @@ def main() -> None:
         check_bottleneck(dtype)
         check_conv(dtype)
         check_the_rest(dtype)
+    for dtype in decode_checks.DTYPES:
+        check_decode(dtype)
+        if sys.platform == "linux":
+            check_bounds(dtype)
     print(f"{sys.argv[1]}: ok")
 
 

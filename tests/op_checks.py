@@ -61,27 +61,6 @@ def upsample_add_reference(low: Tensor, skip: Tensor) -> Tensor:
     return skip + low.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
-def decode_reference(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """One heatmap at a time, by the words of the docstring of ``hgfast.ops.decode``."""
-    batch, joints, height, width = heatmaps.shape
-    coords = torch.zeros(batch, joints, 2)
-    scores = torch.empty(batch, joints)
-    for b in range(batch):
-        for k in range(joints):
-            heatmap = heatmaps[b, k].float()
-            score = heatmap.max()  # NaN if one is there
-            scores[b, k] = score
-            if not score > 0:
-                continue
-            y, x = divmod(int((heatmap == score).flatten().int().argmax()), width)
-            dx = dy = 0.0
-            if 1 < x < width - 1 and 1 < y < height - 1:
-                dx = 0.25 * float(torch.sign(heatmap[y, x + 1] - heatmap[y, x - 1]))
-                dy = 0.25 * float(torch.sign(heatmap[y + 1, x] - heatmap[y - 1, x]))
-            coords[b, k, 0], coords[b, k, 1] = x + dx, y + dy
-    return coords, scores
-
-
 # ---- inputs ----
 
 
