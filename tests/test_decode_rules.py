@@ -97,7 +97,7 @@ def test_quarter_is_hrnet_s_rule(kind: str, size: tuple[int, int]) -> None:
     for width_and_height in (scale, scale[:, 0]):
         transform = Transform.coco(center, width_and_height)
         coords, _ = hgfast.decode(maps, transform=transform)
-        np.testing.assert_allclose(coords, in_image, rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose(coords, in_image, rtol=2e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("shift", [False, True])
