@@ -1,25 +1,61 @@
-"""Heatmaps to joints. Eager: max over the map, and the quarter offset by gathering neighbours.
+"""Heatmaps to joints: every method of hgfast, beside the maximum alone, PyTorch and mmpose.
 
-make bench PYTEST_ARGS="-k decode --benchmark-json=decode.json"
+    make bench PYTEST_ARGS="-k decode --benchmark-json=decode.json"
+    python benchmarks/table.py decode.json
+
+17 maps of 64x48 per image, Gaussians with noise. ``torch.amax`` finds each map's maximum and no
+place: what reading the maps costs. mmpose decodes image by image from NumPy arrays, as its own test
+loop does. As in bench_hourglass.py each test is one block of calls of one candidate, and the blocks
+of all candidates alternate. Every candidate's results are checked first.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from op_bench import each_candidate, each_dtype, measure, needs_native, random_map
+from op_bench import DTYPES, native, needs_native
 from torch import Tensor
 
+import hgfast
 from hgfast import ops
+from hgfast.decoding import METHODS, reference
 
 pytestmark = needs_native
 
+BLOCKS, DROPPED, TIMED = 4, 3, 20
+JOINTS, HEIGHT, WIDTH = 17, 64, 48
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MIRRORED = [0, *(joint + 1 if joint % 2 else joint - 1 for joint in range(1, JOINTS))]
 
-def eager_decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    height, width = heatmaps.shape[2:]
-    flat = heatmaps.flatten(2)
+Maps = tuple[str, str, int]  # dtype, layout, batch
+Run = Callable[[], Any]
+ALL_MAPS = [(d, layout, batch) for batch in (32, 1) for d in DTYPES for layout in LAYOUTS]
+
+
+@functools.cache
+def heatmaps(maps: Maps, seed: int = 0) -> Tensor:
+    dtype, layout, batch = maps
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.rand(2, batch, JOINTS, 1, 1, generator=g) * 0.8 + 0.1).unbind()
+    distance = (torch.arange(WIDTH) - x * WIDTH) ** 2
+    distance = distance + (torch.arange(HEIGHT)[:, None] - y * HEIGHT) ** 2
+    values = torch.exp(-distance / 8)
+    values += 0.01 * torch.rand(values.shape, generator=g)
+    return values.to(DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
+
+
+def eager_quarter(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """As one writes it in PyTorch: the maximum, and its neighbours gathered."""
+    height, width = maps.shape[2:]
+    flat = maps.flatten(2)
     scores, index = flat.max(dim=2)
     x, y = index % width, index // width
     inside = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
@@ -34,21 +70,106 @@ def eager_decode(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
     return moved.float() * visible[..., None], scores.float()
 
 
-@each_candidate
-@pytest.mark.parametrize("batch", [1, 32])
-@each_dtype
-def test_decode(benchmark: Any, dtype: str, batch: int, candidate: str) -> None:
-    heatmaps = random_map(candidate, dtype, batch, 16, 64, 64)
+@functools.cache
+def mmpose_codec(method: str) -> Any:
+    mmpose = pytest.importorskip("mmpose", reason="pip install --no-deps -r requirements-peers.txt")
+    pytest.importorskip("cv2", reason="mmpose needs OpenCV")
+    # mmpose.models imports what needs the compiled mmcv; the codecs need two of its modules that
+    # do not. So the packages above those are empty, with the real folders.
+    for name in ("mmpose.models", "mmpose.models.backbones"):
+        if name not in sys.modules:
+            package = types.ModuleType(name)
+            package.__path__ = [str(Path(mmpose.__file__).parent.joinpath(*name.split(".")[1:]))]
+            sys.modules[name] = package
+    codecs = importlib.import_module("mmpose.codecs")
+    sizes = {"input_size": (WIDTH, HEIGHT), "heatmap_size": (WIDTH, HEIGHT)}
+    if method == "udp":
+        return codecs.UDPHeatmap(input_size=(WIDTH - 1, HEIGHT - 1), heatmap_size=(WIDTH, HEIGHT))
+    if method == "megvii":
+        return codecs.MegviiHeatmap(**sizes, kernel_size=11)
+    return codecs.MSRAHeatmap(**sizes, sigma=2, unbiased=method == "dark")
 
-    def run() -> tuple[Tensor, Tensor]:
-        return ops.decode(heatmaps) if candidate == "hgfast" else eager_decode(heatmaps)
 
-    expected, ours = eager_decode(heatmaps), ops.decode(heatmaps)
-    assert all(torch.equal(a, b) for a, b in zip(expected, ours, strict=True))
-    measure(
-        benchmark,
-        f"decode {dtype} batch {batch}, 16 joints, 64x64",
-        candidate,
-        run,
-        nbytes=heatmaps.numel() * heatmaps.element_size(),
-    )
+def mmpose(maps: Tensor, method: str) -> Run:
+    codec = mmpose_codec(method)
+    images = [image.numpy() for image in maps]
+
+    def run() -> list[Any]:
+        return [codec.decode(image) for image in images]
+
+    places = torch.stack([torch.as_tensor(decoded[0][0]) for decoded in run()])
+    ours, _ = ops.decode(maps, method)
+    assert (places - ours).abs().max() < 0.01  # cells; mmpose computes in float32
+    return run
+
+
+def hgfast_op(maps: Tensor, method: str, *rest: Any) -> Run:
+    run = functools.partial(torch.ops.hgfast.decode, maps, method, *rest)
+    for result, expected in zip(run(), reference.decode(maps, method, *rest), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    assert native.last_path().endswith("/decode")
+    return run
+
+
+def hgfast_peaks(maps: Tensor, k: int) -> Run:
+    run = functools.partial(torch.ops.hgfast.decode.topk, maps, "quarter", k)
+    for result, expected in zip(run(), reference.decode_topk(maps, "quarter", k), strict=True):
+        assert torch.equal(result, expected)
+    return run
+
+
+def eager(maps: Tensor) -> Run:
+    for result, expected in zip(eager_quarter(maps), ops.decode(maps, "quarter"), strict=True):
+        assert torch.equal(result, expected)
+    return functools.partial(eager_quarter, maps)
+
+
+CANDIDATES: dict[str, Callable[[Maps], Run]] = {
+    "torch.amax": lambda maps: functools.partial(torch.amax, heatmaps(maps), (2, 3)),
+    "eager quarter": lambda maps: eager(heatmaps(maps)),
+    **{
+        f"hgfast {method}": functools.partial(lambda m, maps: hgfast_op(heatmaps(maps), m), method)
+        for method in METHODS
+    },
+    "hgfast quarter, flip": lambda maps: hgfast_op(
+        heatmaps(maps), "quarter", heatmaps(maps, 1), MIRRORED, True
+    ),
+    "hgfast quarter, 10 peaks": lambda maps: hgfast_peaks(heatmaps(maps), 10),
+    "hgfast.decode quarter": lambda maps: functools.partial(hgfast.decode, heatmaps(maps)),
+    **{
+        f"mmpose {method}": functools.partial(lambda m, maps: mmpose(heatmaps(maps), m), method)
+        for method in ("msra", "dark", "udp", "megvii")
+    },
+}
+
+
+@functools.cache
+def candidate(name: str, maps: Maps) -> Run:
+    return CANDIDATES[name](maps)
+
+
+@pytest.mark.parametrize(
+    ("maps", "block", "name"),
+    [
+        pytest.param(maps, block, name, id=f"decode {' '.join(map(str, maps))} {name} {block}")
+        for maps in ALL_MAPS
+        for block in range(BLOCKS)
+        for name in CANDIDATES
+        # NumPy has no bfloat16, and mmpose takes one layout.
+        if not name.startswith("mmpose") or maps[:2] == ("float32", "contiguous")
+    ],
+)
+def test_decode(benchmark: Any, maps: Maps, block: int, name: str) -> None:
+    dtype, layout, batch = maps
+    benchmark.group = f"decode {dtype} {layout} batch {batch}"
+    with torch.inference_mode():
+        run = candidate(name, maps)
+        benchmark.extra_info.update(
+            maps=f"{batch}x{JOINTS}x{HEIGHT}x{WIDTH} {dtype}, {layout}",
+            candidate=name,
+            block=block,
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            hgfast=hgfast.__version__,
+        )
+        benchmark.pedantic(run, rounds=TIMED, warmup_rounds=DROPPED)
