@@ -120,6 +120,8 @@ def disagreement(heatmap: np.ndarray, method: str, blur: int) -> float:
     y, x = np.unravel_index(np.argmax(heatmap), heatmap.shape)
     rounding = _ULP * max(height, width)
     values, errors = blurred(heatmap, blur)
+    if not abs(values.max()) > errors.max():  # then the scale is anything
+        return float("inf")
     scale = abs(heatmap.max() / values.max())
     common = errors.max() / abs(values.max())  # of the scale; cancels where nothing is clipped
     values, errors = np.sign(values.max()) * scale * values, scale * errors
