@@ -177,6 +177,13 @@ def read_ptx(ptx: str) -> dict[str, Any]:
     }
 
 
+def environment(cache: Path) -> dict[str, str]:
+    """Of a process that compiles."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**kept, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(cache)}
+
+
 def examine_all() -> dict[str, dict[str, Any]]:
     """``"<case>, sm_<architecture>"`` -> what is known; compiled in a process of its own."""
     import importlib.metadata
@@ -190,12 +197,10 @@ def examine_all() -> dict[str, dict[str, Any]]:
         kept.parent.mkdir(parents=True, exist_ok=True)
         for old in kept.parent.glob("triton-*.json"):
             old.unlink(missing_ok=True)
-        environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = str(ROOT)
-        environment["TRITON_CACHE_DIR"] = str(cuda_gates.CACHE / "triton")
         done = subprocess.run(
-            [sys.executable, __file__], env=environment, capture_output=True, text=True
-        )
+            [sys.executable, __file__], env=environment(cuda_gates.CACHE / "triton"),
+            capture_output=True, text=True,
+        )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(done.stderr[-4000:])
         part = kept.with_suffix(f".{os.getpid()}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from hgfast.decoding.reference import CELL_METHODS, MAP_METHODS, METHODS, gaussian_taps
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLURRING = ("dark", "udp", "megvii")
 # Without a bound ptxas puts a register or two on the stack, to fit more threads.
 _COMPILED = {"enable_fp_fusion": False, "maxnreg": 255}
 _MOST_CELLS = 2**27  # of a map: the kernels count cells, times 16 joints, in 32 bits
@@ -56,13 +57,12 @@ def decode(
     """:func:`hgfast.ops.decode` on a GPU; in Triton's interpreter on CPU tensors."""
     _check("hgfast::decode", heatmaps, method, METHODS, flipped, joints, matrix, blur)
     if not 0 < beta < float("inf"):
-        raise ValueError(f"hgfast::decode: expected a positive, finite beta, given {beta}")
+        raise ValueError(f"hgfast::decode: expected a positive, finite beta, given {beta:g}")
     shape = heatmaps.shape[:2]
     coords = heatmaps.new_empty((*shape, 2), dtype=torch.float32)
     scores = heatmaps.new_empty(shape, dtype=torch.float32)
     if scores.numel():
-        planes = 1 if method in ("dark", "udp", "megvii") else 0
-        launch = Launch(heatmaps, method, flipped, shift, mean, blur, planes)
+        launch = Launch(heatmaps, method, flipped, shift, mean, blur)
         options = {**launch.options, "BLOCK": launch.block, "LOOP": launch.loops}
         _run(
             "decode_kernel", launch, (coords, scores), joints, matrix,
@@ -93,12 +93,12 @@ def decode_topk(
     if k < 1:
         raise ValueError(f"{where}: expected k of at least 1, given {k}")
     if window not in (3, 5):
-        raise ValueError(f"{where}: expected a window of 3 or 5 cells, given {window}")
+        raise ValueError(f"{where}: expected a window of 3 or 5, given {window}")
     shape = (*heatmaps.shape[:2], k)
     coords = heatmaps.new_empty((*shape, 2), dtype=torch.float32)
     scores = heatmaps.new_empty(shape, dtype=torch.float32)
     if scores.numel():
-        launch = Launch(heatmaps, method, flipped, shift, mean, blur, planes=2)
+        launch = Launch(heatmaps, method, flipped, shift, mean, blur, planes=1)
         _run(
             "topk_kernel", launch, (coords, scores), joints, matrix,
             (float(origin_x), float(origin_y), k),
@@ -122,12 +122,12 @@ class Launch:
         shift: bool,
         mean: bool,
         blur: int,
-        planes: int,
+        planes: int = 0,
     ) -> None:
         batch, count, height, width = heatmaps.shape
         _, by_joint, by_row, by_column = heatmaps.stride()
         self.maps, self.other = heatmaps, heatmaps if flipped is None else flipped
-        self.planes, self.cells, self.blur = planes, height * width, blur
+        self.cells, self.blur = height * width, blur
         # Joints that are neighbours in memory: as many as a sector of 32 bytes has.
         grouped = count > 1 and by_joint == 1 and by_column > 1
         self.joints = 32 // heatmaps.element_size() if grouped else 1
@@ -154,9 +154,10 @@ class Launch:
         how += _FLAT * flat + _WIDE * (farthest >= 2**31)
         how += _QUICK * (width > 1 and self.cells * width < 2**32)
 
-        blurs = method in ("dark", "udp", "megvii")
-        self.reach = blur // 2 if blurs else 0
-        span = {"dark": 2, "udp": 1}.get(method)
+        self.blurs = method in _BLURRING
+        self.planes = planes + self.blurs
+        # Taps that reach from every cell across both borders only add zeros.
+        self.reach = min(blur // 2, max(height, width) - 1) if self.blurs else 0
         _, mark = {**CELL_METHODS, **MAP_METHODS}[method]
         self.options: dict[str, Any] = {
             "METHOD": method,
@@ -164,7 +165,7 @@ class Launch:
             "HOW": how,
             "JOINTS": self.joints,
             "CHUNK": chunk,
-            "WINDOW": _power_of_two(8 * (2 * (span + self.reach) + 1)) if span else 1,
+            "WINDOW": 128,
         }
 
     @property
@@ -198,7 +199,7 @@ def _run(
     with torch.cuda.device_of(maps):  # type: ignore[no-untyped-call]
         flips = options["HOW"] & _FLIP
         permutation = _numbers(tuple(joints), torch.int32, maps.device) if flips else results[1]
-        taps = _taps(launch.blur, maps.device) if launch.reach else results[1]
+        taps = _taps(launch.blur, maps.device) if launch.blurs else results[1]
         getattr(kernels, name)[(launch.programs,)](
             maps, launch.other, permutation, results[1] if matrix is None else matrix.contiguous(),
             taps, launch.scratch(), *results, *launch.arguments, *numbers,
@@ -248,31 +249,31 @@ def _check(
             raise ValueError(f"{where}: expected {expected}, given {given}")
 
     shape = tuple(heatmaps.shape)
-    expect(len(shape) == 4, "heatmaps (batch, joints, height, width)", shape)
+    expect(method in methods, f"a method out of {', '.join(methods)}", f'"{method}"')
+    expect(len(shape) == 4, "heatmaps of shape (batch, joints, height, width)", shape)
+    cells = shape[2] * shape[3]
+    expect(cells > 0, "heatmaps with at least one row and column", shape)
+    expect(cells < _MOST_CELLS, f"heatmaps of fewer than {_MOST_CELLS} cells", shape)
     dtype = _name(heatmaps.dtype)
     expect(heatmaps.dtype in _DTYPES, "heatmaps in float32, bfloat16 or float16", dtype)
-    cells = shape[2] * shape[3]
-    expect(cells > 0, "heatmaps with at least one cell", shape)
-    expect(cells < _MOST_CELLS, f"heatmaps of fewer than {_MOST_CELLS} cells", shape)
-    expect(method in methods, f"a method out of {', '.join(methods)}", method)
-    expect(blur >= 3 and blur % 2 == 1, "an odd blur of at least 3", blur)
+    count, device = shape[1], heatmaps.device
     if flipped is not None:
-        given = f"{tuple(flipped.shape)} in {_name(flipped.dtype)} on {flipped.device}"
-        same = flipped.shape == heatmaps.shape and flipped.dtype == heatmaps.dtype
-        same = same and flipped.device == heatmaps.device
-        expect(same, f"flipped {shape} in {dtype} on {heatmaps.device}", given)
-        count = shape[1]
-        expect(len(joints) == count, f"joints for {count} maps", len(joints))
-        fits = all(0 <= joint < count for joint in joints)
-        expect(fits, f"joints from 0 to {count - 1}", list(joints))
-    if matrix is not None:
         expect(
-            tuple(matrix.shape) == (shape[0], 2, 3)
-            and matrix.dtype == torch.float64
-            and matrix.device == heatmaps.device,
-            f"matrix {(shape[0], 2, 3)} in float64 on {heatmaps.device}",
-            f"{tuple(matrix.shape)} in {_name(matrix.dtype)} on {matrix.device}",
+            flipped.shape == heatmaps.shape
+            and flipped.dtype == heatmaps.dtype
+            and flipped.device == device,
+            f"flipped like the heatmaps, {shape} {dtype} on {device}",
+            f"{tuple(flipped.shape)} {_name(flipped.dtype)} on {flipped.device}",
         )
+        expect(len(joints) == count, f"{count} joints, one per map, with flipped", len(joints))
+        for joint in joints:
+            expect(0 <= joint < count, f"joints from 0 to {count - 1}", joint)
+    if matrix is not None:
+        size = (shape[0], 2, 3)
+        expect(tuple(matrix.shape) == size, f"matrix of shape {size}", tuple(matrix.shape))
+        expect(matrix.dtype == torch.float64, "matrix in float64", _name(matrix.dtype))
+        expect(matrix.device == device, f"matrix on {device}", matrix.device)
+    expect(blur >= 3 and blur % 2 == 1, "an odd blur of at least 3 cells", blur)
 
 
 def _name(dtype: torch.dtype) -> str:

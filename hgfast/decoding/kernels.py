@@ -292,13 +292,15 @@ def _newton_place(
     wanted = wanted & inside & view[9]
 
     # Row sums around the cell, in rows of 8, of which 2 SPAN + 1 count.
-    n = tl.arange(0, WINDOW)[None, :]
-    near_x, near_y = x + (n % 8) - SPAN, y + (n // 8) - (SPAN + reach)
-    counts = (n % 8 <= 2 * SPAN) & (n // 8 <= 2 * (SPAN + reach))
-    counts = counts & (near_x >= 0) & (near_x < width) & (near_y >= 0) & (near_y < height)
-    counts = counts & view[9]
-    sums = _row_sums(view, taps, reach, near_x, near_y, counts, HOW)
-    tl.store(plane + (near_y * width + near_x) * JOINTS, sums, mask=counts)
+    rows = 2 * (SPAN + reach) + 1
+    for start in range(0, rows * 8, WINDOW):
+        n = start + tl.arange(0, WINDOW)[None, :]
+        near_x, near_y = x + (n % 8) - SPAN, y + (n // 8) - (SPAN + reach)
+        counts = (n % 8 <= 2 * SPAN) & (n // 8 < rows)
+        counts = counts & (near_x >= 0) & (near_x < width) & (near_y >= 0) & (near_y < height)
+        counts = counts & view[9]
+        sums = _row_sums(view, taps, reach, near_x, near_y, counts, HOW)
+        tl.store(plane + (near_y * width + near_x) * JOINTS, sums, mask=counts)
     tl.debug_barrier()
 
     POINTS: tl.constexpr = 64 if SPAN == 2 else 32
@@ -602,7 +604,7 @@ def topk_kernel(
 ):  # fmt: skip
     """The k highest peaks of each map, in k rounds that remember nothing but the peak before.
 
-    ``scratch`` has two planes per program: of peaks, and of row sums.
+    ``scratch`` has a plane of peaks per program, for dark and udp another of row sums.
     """
     program = tl.program_id(0)
     groups = tl.cdiv(count, JOINTS)
@@ -614,10 +616,10 @@ def topk_kernel(
         by_image, by_joint, by_row, by_column,
         flipped_by_image, flipped_by_joint, flipped_by_row, flipped_by_column, HOW,
     )  # fmt: skip
-    planes = program.to(tl.int64) * 2 * JOINTS * height * width
-    peaks = scratch + planes + tl.arange(0, JOINTS)[:, None]
-    plane = peaks + JOINTS * height * width
-
+    size = JOINTS * height * width
+    planes = 2 if METHOD == "dark" or METHOD == "udp" else 1
+    peaks = scratch + program.to(tl.int64) * planes * size + tl.arange(0, JOINTS)[:, None]
+    plane = peaks + size
     highest, lost = _suppress(view, peaks, HOW, JOINTS, CHUNK, RADIUS)
     previous = tl.full([JOINTS, 1], float("inf"), tl.float32)
     cell = tl.full([JOINTS, 1], -1, tl.int32)
