@@ -41,7 +41,7 @@ from hgfast import _native  # noqa: E402
 from hgfast.recognition import recognise  # noqa: E402
 
 needs_native = pytest.mark.skipif(_native.load() is None, reason=str(_native.reason))
-SHORT = "8x8 batch 2, (main|compile)|HG-1 .* batch 1, (main|compile)"
+SHORT = "8x8 batch 2, (main|compile)|decode (quarter|dark) .* batch 2|HG-1 .* batch 1, (main|compile)"
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -76,6 +76,9 @@ def test_a_rehearsal_writes_json_table_and_plot(tmp_path: Path) -> None:
     for op in ("bottleneck", "bottleneck + low", "upsample_add", "HG-1"):
         assert {(op, "hgfast bf16 graph"), (op, "eager bf16 channels_last")} <= measured
     assert ("HG-1", "compile default bf16") in measured
+    for layout in ("", "contiguous "):
+        assert ("decode dark", f"hgfast {layout}float32 graph") in measured
+    assert ("decode quarter", "amax float32 graph") in measured
     for m in found["measurements"]:
         for way, times in m["seconds"].items():
             assert 0 < times["least"] <= times["p10"] <= times["median"] <= times["most"]
@@ -399,6 +402,15 @@ def test_least_bytes_are_inputs_weights_and_results(op: str) -> None:
     with torch.no_grad():
         tensors = [*module.parameters(), *inputs, *torch.utils._pytree.tree_leaves(module(*inputs))]
     assert case.least_bytes() == 2 * sum(t.numel() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_moves_heatmaps_in_their_dtype(dtype: torch.dtype) -> None:
+    case = Case("decode dark", 2, 8, REHEARSED)
+    assert case.name == "decode dark 8x6 batch 2"
+    inputs = [x.to(dtype) for x in case.inputs(torch.device("cpu"))]
+    tensors = [*inputs, *case.module()(*inputs)]
+    assert case.least_bytes(dtype) == sum(t.numel() * t.element_size() for t in tensors)
 
 
 def test_a_network_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

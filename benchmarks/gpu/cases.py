@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hgfast
 from hgfast import ops
+from hgfast.decoding import METHODS, reference
 from hgfast.models import hourglass
 from hgfast.models.hourglass import Residual
 from hgfast.recognition import recognise
@@ -40,24 +41,37 @@ class Sizes:
     batches: tuple[int, ...] = (64, 1, 8)
     stacks: tuple[int, ...] = (2, 8, 1)
     float16: bool = True  #: whether hgfast has kernels for it
+    heatmaps: int = 64  #: their height, for decode
+    images: tuple[int, ...] = (128, 1024)  #: likewise
 
+
+JOINTS = 17  # COCO's; heatmaps are three quarters as wide as high
 
 REAL = Sizes()
-REHEARSED = Sizes(32, 2, 64, (8, 4), (2, 1), (1,), float16=False)
+REHEARSED = Sizes(32, 2, 64, (8, 4), (2, 1), (1,), float16=False, heatmaps=8, images=(2, 3))
 
 
 @dataclass(frozen=True)
 class Case:
-    """``op`` is "bottleneck", "bottleneck + low", "upsample_add", "conv 1x1" or "HG-<stacks>"."""
+    """``op`` is "bottleneck", "bottleneck + low", "upsample_add", "conv 1x1", "HG-<stacks>" or
+    "decode <method>"."""
 
     op: str
     batch: int
-    size: int  #: height and width of the result, or of the image
+    size: int  #: height and width of the result, or of the image; height of heatmaps
     sizes: Sizes = field(default=REAL, repr=False)
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.size}x{self.size} batch {self.batch}"
+        return f"{self.op} {self.size}x{self.width} batch {self.batch}"
+
+    @property
+    def width(self) -> int:
+        return self.size * 3 // 4 if self.is_decode else self.size
+
+    @property
+    def is_decode(self) -> bool:
+        return self.op.startswith("decode ")
 
     @property
     def is_network(self) -> bool:
@@ -70,6 +84,8 @@ class Case:
         if self.is_network:
             stacks = int(self.op.removeprefix("HG-"))
             return hourglass(stacks, features, depth=self.sizes.depth).eval()
+        if self.is_decode:
+            return Decode(self.op.removeprefix("decode "))
         if self.op == "bottleneck":
             return Residual(features, features).eval()
         if self.op == "bottleneck + low":
@@ -80,6 +96,9 @@ class Case:
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         generator = torch.Generator(device).manual_seed(1)
+        if self.is_decode:
+            shape = (self.batch, JOINTS, self.size, self.width)
+            return (torch.rand(shape, generator=generator, device=device),)
         channels = 3 if self.is_network else self.sizes.features
         shapes = [(self.batch, channels, self.size, self.size)]
         if self.op in ("bottleneck + low", "upsample_add"):
@@ -87,8 +106,11 @@ class Case:
         return tuple(torch.randn(shape, generator=generator, device=device) for shape in shapes)
 
     def flops(self) -> int:
-        """Two for each multiply-add of a convolution; one for each sum of upsample_add."""
-        pixels, features = self.batch * self.size**2, self.sizes.features
+        """Two for each multiply-add of a convolution; one for each sum of upsample_add
+        and for each cell of decode."""
+        pixels, features = self.batch * self.size * self.width, self.sizes.features
+        if self.is_decode:
+            return pixels * JOINTS
         if self.op == "upsample_add":
             return pixels * features
         if self.op == "conv 1x1":
@@ -100,8 +122,12 @@ class Case:
             return 2 * pixels * (2 * features * middle + 9 * middle**2)
         return _flops_of_network(self)
 
-    def least_bytes(self) -> int:
-        """Inputs, weights and results once each, in 16-bit elements."""
+    def least_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Inputs, weights and results once each, in 16-bit elements. Of decode the heatmaps in
+        ``dtype``, and two coordinates and a score in float32 for each."""
+        if self.is_decode:
+            maps = self.batch * JOINTS
+            return maps * (self.size * self.width * dtype.itemsize + 3 * 4)
         weights = _weights(self)
         pixels = self.batch * self.size**2
         if self.is_network:
@@ -141,6 +167,18 @@ class Join(nn.Module):
 class UpsampleAdd(nn.Module):
     def forward(self, skip: Tensor, low: Tensor) -> Tensor:
         return skip + F.interpolate(low, scale_factor=2, mode="nearest")
+
+
+class Decode(nn.Module):
+    """In plain PyTorch. The scores come last: they are what results are compared by, since the
+    places of equal maxima in 16 bits are not those in 32."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.decode(heatmaps, self.method)
 
 
 class Folded(nn.Module):
@@ -199,17 +237,19 @@ def settle(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    kind: str  #: "hgfast", "eager", "folded" or "compile"
+    kind: str  #: "hgfast", "eager", "folded", "compile" or, of decode, "amax": the maxima alone
     dtype: str  #: "float32", "TF32", "bf16", "fp16"; "medium": a float32 model, bf16 inside
     channels_last: bool = False
-    mode: str = ""  #: of torch.compile
+    mode: str = ""  #: of torch.compile; "contiguous": where hgfast is not in channels_last
     graph: bool = False  #: under a CUDA graph that is captured here
 
     @property
     def name(self) -> str:
         words = [self.kind, self.mode, self.dtype]
         words += (
-            ["channels_last"] if self.channels_last and self.kind in ("eager", "folded") else []
+            ["channels_last"]
+            if self.channels_last and self.kind in ("eager", "folded", "amax")
+            else []
         )
         words += ["graph"] if self.graph else []
         return " ".join(word for word in words if word)
@@ -242,6 +282,11 @@ class Candidate:
         if self.channels_last:
             layout = torch.channels_last
         data = tuple(x.to(dtype, memory_format=layout, copy=True) for x in inputs)
+        if case.is_decode and self.kind == "hgfast":
+            method = case.op.removeprefix("decode ")
+            return lambda: ops.decode(*data, method)
+        if self.kind == "amax":
+            return lambda: torch.amax(*data, dim=(2, 3))
         if self.kind == "hgfast" and case.op == "upsample_add":
             skip, low = data
             return lambda: ops.upsample_add(low, skip)
@@ -303,6 +348,23 @@ OP_TIERS: dict[str, tuple[Candidate, ...]] = {
     "compile": (ANCHOR, replace(compiled("default"), graph=True)),
     "autotune": (ANCHOR, replace(compiled("max-autotune-no-cudagraphs"), graph=True)),
 }
+#: One launch each, but for eager's.
+DECODED = (
+    ANCHOR,
+    replace(ANCHOR, channels_last=False, mode="contiguous"),
+    Candidate("hgfast", "float32", True, graph=True),
+    Candidate("hgfast", "float32", mode="contiguous", graph=True),
+)
+OP_TIERS["decode"] = DECODED
+OP_TIERS["decode and others"] = (
+    *DECODED,
+    *(
+        Candidate(kind, dtype, channels_last, graph=True)
+        for kind in ("eager", "amax")
+        for dtype in ("bf16", "float32")
+        for channels_last in (False, True)
+    ),
+)
 NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
     "main": (*both(HGFAST), *both(EAGER)),
     "dtypes": (
@@ -349,7 +411,10 @@ class Item:
 
 
 #: A tier's limit in seconds, for an op and for a network.
-LIMITS = {"main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420)}
+LIMITS = {
+    "main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420),
+    "decode": (60, 0), "decode and others": (60, 0),
+}  # fmt: skip
 
 
 def items(sizes: Sizes = REAL) -> list[Item]:
@@ -376,6 +441,9 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_ops("main", fused[:1], (large, one), sizes.levels)
     of_networks("main", (first, one), (first, large))
     of_ops("main", fused[1:], (large, one), sizes.levels)
+    of_ops("decode and others", ("decode quarter",), sizes.images, (sizes.heatmaps,))
+    decodes = tuple(f"decode {method}" for method in METHODS if method != "quarter")
+    of_ops("decode", decodes, sizes.images[:1], (sizes.heatmaps,))
     of_networks("compile", (first, one))
     of_networks("main", *((stacks, one) for stacks in others))
     of_networks("dtypes", (first, one))

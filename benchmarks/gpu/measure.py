@@ -186,9 +186,9 @@ class Measurer:
         case, prepared = item.case, made.times.get("prepared", [[0.0]])
         self.journal.add(
             "measurement", f"{item.name}: {made.candidate.name}", status,
-            op=case.op, size=case.size, batch=case.batch, tier=item.tier,
+            op=case.op, size=case.size, width=case.width, batch=case.batch, tier=item.tier,
             candidate=made.candidate.name, graph=made.candidate.graph,
-            flops=case.flops(), least_bytes=case.least_bytes(),
+            flops=case.flops(), least_bytes=case.least_bytes(made.candidate.torch_dtype),
             relative_error=made.error, seconds_to_prepare=prepared[0][0],
             seconds={
                 way: quantiles(blocks) for way, blocks in made.times.items() if way != "prepared"

@@ -65,7 +65,9 @@ def _groups(rows: list[Record]) -> dict[str, dict[str, Record]]:
     """Case -> candidate -> its measurement; the first tier's, where it stands in several."""
     groups: dict[str, dict[str, Record]] = {}
     for m in sorted(rows, key=lambda m: (m["op"], m["batch"], -m["size"])):
-        size = "" if _network(m) else f" {m['size']}²"
+        width = m.get("width", m["size"])
+        size = f" {m['size']}²" if width == m["size"] else f" {m['size']}x{width}"
+        size = "" if _network(m) else size
         groups.setdefault(f"{m['op']}{size}, batch {m['batch']}", {}).setdefault(m["candidate"], m)
     return groups
 

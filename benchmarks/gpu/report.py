@@ -107,12 +107,17 @@ def unfinished(records: list[Record], items: list[Record]) -> list[Record]:
     return found
 
 
+def without_products(record: Record) -> bool:
+    """Whether there is no work for the matrix units."""
+    return bool(record["op"] == "upsample_add" or record["op"].startswith("decode "))
+
+
 def with_fractions(record: Record, peaks: dict[str, Record]) -> Record:
     """With rates, and the share of the time that this run's peaks would need at the least."""
     if record["status"] != "ok" or not {"matmul", "copy"} <= peaks.keys():
         return record
     arithmetic = record["flops"] / peaks["matmul"]["rate"]
-    if record["op"] == "upsample_add":  # no work for the matrix units
+    if without_products(record):
         arithmetic = 0.0
     memory = record["least_bytes"] / peaks["copy"]["rate"]
     rates = {
@@ -210,9 +215,10 @@ def _ops(found: dict[str, Any]) -> list[str]:
     for m in rows:
         cold, warm = m["seconds"]["cold"], m["seconds"]["warm"]
         share = f"{m['rates']['cold']['of the floor']:.0%}" if "rates" in m else ""
-        rate = f"{m['flops'] / cold['median'] / 1e12:.3g}" if m["op"] != "upsample_add" else ""
+        rate = "" if without_products(m) else f"{m['flops'] / cold['median'] / 1e12:.3g}"
+        size = f"{m['size']}x{m.get('width', m['size'])}"
         lines.append(
-            f"| {m['op']} {m['size']}x{m['size']} batch {m['batch']} | {m['candidate']} "
+            f"| {m['op']} {size} batch {m['batch']} | {m['candidate']} "
             f"| {microseconds(cold['median'])} "
             f"| {microseconds(cold['p10'])} to {microseconds(cold['p90'])} "
             f"| {microseconds(warm['median'])} | {share} | {rate} | {ratio(m, rows, 'cold')} |"

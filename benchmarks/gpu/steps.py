@@ -143,9 +143,11 @@ class Test:
 
 
 #: Of tests/: what runs as a test of its own, and what needs no GPU and takes long: the kernels on
-#: the emulator, mutants that a compiler has to make, what compilers say of the device code.
+#: the emulator or interpreted, mutants that a compiler has to make, what compilers say of the
+#: device code.
 LEFT_OUT = (
     "gpu", "test_gpu_run.py", "test_cuda_gates.py", "test_emulator.py", "test_emulated_*.py",
+    "test_decode_triton.py",
 )  # fmt: skip
 
 
@@ -160,8 +162,8 @@ def tests(work: Path, rehearse: bool) -> list[Test]:
         return Test(name, command, limit, junit, (), environment, extra)
 
     found = [
-        suite(f"tests/gpu/{name}.py", f"tests/gpu/{name}.py", limit=180)
-        for name in ("test_gpu_kernels", "test_gpu_runtime", "test_gpu_networks", "test_gpu_torch")
+        suite(f"tests/gpu/test_gpu_{name}.py", f"tests/gpu/test_gpu_{name}.py", limit=180)
+        for name in ("kernels", "decode", "runtime", "networks", "torch")
     ]
     script = [sys.executable, "tests/gpu/sanitize.py"]
     if rehearse:

@@ -19,6 +19,14 @@ _TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import torch  # noqa: E402
+from decode_checks import (  # noqa: E402
+    CELL_METHODS,
+    LAYOUTS,
+    assert_agree,
+    laid_out,
+    maps_of,
+    run,
+)
 from op_checks import (  # noqa: E402
     bottleneck_reference,
     bottleneck_weights,
@@ -30,6 +38,7 @@ from op_checks import (  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hgfast import ops  # noqa: E402
+from hgfast.decoding import METHODS, cuda  # noqa: E402
 
 REHEARSAL = os.environ.get("HGFAST_GPU_REHEARSAL") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -119,6 +128,29 @@ def others(dtype: torch.dtype) -> None:
     compare("upsample_add of maps", y, torch.relu(total))
 
 
+def decodes(dtype: torch.dtype) -> None:
+    """Odd sizes, of maps that are contiguous and of joints that are neighbours; 5x7 is less than a
+    tile, 67x65 more than one."""
+    for shape in ((2, 3, 5, 7), (1, 17, 19, 21), (1, 1, 67, 65)):
+        for layout in LAYOUTS[:2]:
+            maps = laid_out(maps_of("peaked", *shape).to(dtype), layout)
+            other = laid_out(maps_of("peaked", *shape, seed=1).to(dtype), layout)
+            flip: dict[str, Any] = {"flipped": other, "joints": list(range(shape[1]))}
+            for method in METHODS:
+                request = {"maps": maps, "method": method, "blur": 11, **flip}
+                requests = [request]
+                if method in CELL_METHODS:
+                    requests.append({**request, "k": 3, "window": 5})
+                for asked in requests:
+                    op = torch.ops.hgfast.decode.topk if "k" in asked else torch.ops.hgfast.decode
+                    there = {
+                        name: value.to(DEVICE) if isinstance(value, Tensor) else value
+                        for name, value in asked.items()
+                    }
+                    coords, scores = run(op, there)
+                    assert_agree((coords.cpu(), scores.cpu()), asked)
+
+
 def main() -> None:
     assert has_kernels or REHEARSAL, "hgfast was built without CUDA kernels"
     for dtype in DTYPES:
@@ -126,6 +158,8 @@ def main() -> None:
         if has_kernels:
             pooled(dtype)
         others(dtype)
+    if REHEARSAL or cuda.HAS_TRITON:
+        decodes(torch.float32)
     if not REHEARSAL:
         torch.cuda.synchronize()
     if has_kernels:  # the chunk for any channels has its larger tile on large GPUs only
