@@ -57,14 +57,19 @@ bool between(int64_t low, int64_t x, int64_t high) { return low < x && x < high;
 
 double sign_of_difference(float a, float b) { return (a > b) - (a < b); }
 
-// ---- the methods that start from a cell
-// ----------------------------------------------------------
+// ---- the methods that start from a cell ----
+
+bool blurs_around(const DecodeParams& p) {
+  return p.method == Method::dark || p.method == Method::udp;
+}
 
 // The logarithm of the blurred map around a cell, for dark and udp.
 class Sharp {
  public:
   Sharp(const DecodeParams& p, Scratch& scratch)
-      : p_(p), window_(p, 5, 5, scratch), whole_(p, p.height, p.width, scratch) {}
+      : p_(p),
+        window_(p, 5, 5, scratch),
+        whole_(p, blurs_around(p) ? p.height : 0, p.width, scratch) {}
 
   void begin_map() { known_ = false; }
 
@@ -145,7 +150,7 @@ class Sharp {
 template <class T>
 Place refine(const DecodeParams& p, const Heatmap<T>& map, const Peak& highest, int64_t x,
              int64_t y, Sharp& sharp) {
-  if (p.method == Method::dark || p.method == Method::udp) return sharp.refine(map, highest, x, y);
+  if (blurs_around(p)) return sharp.refine(map, highest, x, y);
   Place place{static_cast<double>(x), static_cast<double>(y)};
   if (p.method == Method::argmax) return place;
 
@@ -173,8 +178,7 @@ Place refine(const DecodeParams& p, const Heatmap<T>& map, const Peak& highest, 
   return {place.x + 0.25 * dx, place.y + 0.25 * dy};
 }
 
-// ---- results
-// -------------------------------------------------------------------------------------
+// ---- results ----
 
 // The result number `index` of all.
 void write(const DecodeParams& p, int64_t image, int64_t index, Place at, float score) {
@@ -199,8 +203,7 @@ void write_joint(const DecodeParams& p, const Heatmap<T>& map, const Peak& peak,
   write(p, image, image * p.joints + joint, place, peak.value);
 }
 
-// ---- several peaks
-// -------------------------------------------------------------------------------
+// ---- several peaks ----
 
 // The highest peaks of a heatmap, in order.
 class Ranking {
@@ -276,8 +279,7 @@ void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image
   }
 }
 
-// ---- the methods that need the whole map
-// ---------------------------------------------------------
+// ---- the methods that need the whole map ----
 
 void write_megvii(const DecodeParams& p, const Heatmap<float>& map, int64_t image, int64_t joint,
                   Blur& blur) {
@@ -319,8 +321,7 @@ void write_softargmax(const DecodeParams& p, const Heatmap<float>& map, int64_t 
   write(p, image, image * p.joints + joint, place, highest.value);
 }
 
-// ---- tasks
-// ---------------------------------------------------------------------------------------
+// ---- tasks ----
 
 bool from_cell(const DecodeParams& p) {
   return p.k == 0 && p.method != Method::megvii && p.method != Method::softargmax;
@@ -333,6 +334,12 @@ constexpr int64_t kTogether = 32;  // a bound for planes: 400 kB of 64x48 cells
 
 int64_t joints_together(const DecodeParams& p) {
   return interleaved(p.maps) ? min(p.joints, kTogether) : 1;
+}
+
+// Whether maps are read as they lie, and nothing is gathered.
+bool compares_in_place(const DecodeParams& p) {
+  const bool dense = p.maps.stride_w == 1 && p.maps.stride_h == p.width;
+  return from_cell(p) && !p.flipped.data && (dense || interleaved(p.maps));
 }
 
 // What is decoded without a break: a map, or those that are read together.
@@ -348,7 +355,7 @@ int64_t tasks_of(const DecodeParams& p, int threads) {
   if (p.method == Method::softargmax) each_cell += 10;
   if (p.method == Method::megvii) each_cell += 40;
   int64_t cells = p.height * p.width * each_cell;
-  if (p.method == Method::dark || p.method == Method::udp) cells += 8000 * max(1, p.k);
+  if (blurs_around(p)) cells += 8000 * max(1, p.k);
   const int64_t most = max(1, p.batch * p.joints * cells / kLeast);
   return min(min(most, threads), units_of(p));
 }
@@ -367,11 +374,11 @@ class Worker {
         // An odd number of cache lines: planes a power of two apart would share a few sets of the
         // L1 cache, and they are written side by side.
         plane_size_(kAlign / 4 * (ceil_div(p.height * p.width, kAlign / 4) | 1)),
-        planes_(scratch.take<float>(joints_together(p) * plane_size_)),
+        planes_(scratch.take<float>(compares_in_place(p) ? 0 : joints_together(p) * plane_size_)),
         mirrored_(scratch.take<float>(p.flipped.data ? joints_together(p) * plane_size_ : 0)),
         spare_(scratch.take<float>(p.flipped.data ? plane_size_ : 0)),
         sharp_(p, scratch),
-        blur_(p, p.height, p.width, scratch),
+        blur_(p, p.method == Method::megvii ? p.height : 0, p.width, scratch),
         ranking_(p, scratch) {}
 
   template <class T>
@@ -386,7 +393,7 @@ class Worker {
       const int64_t count = min(together, p_.joints - first);
       if (!interleaved(p_.maps)) {
         one<T>(image, first);
-      } else if (from_cell(p_) && !p_.flipped.data) {
+      } else if (compares_in_place(p_)) {
         Peak peaks[kTogether];
         find_peaks<kTogether>(heatmap<T>(p_.maps, image, first), count, peaks);
         for (int64_t i = 0; i < count; ++i)
