@@ -69,7 +69,7 @@ def test_any_request(interpreted: Interpreted, request: Request) -> None:
 
 
 @needs_triton
-@examples(20)
+@examples(15)
 @given(request=requests(topk=True, largest=6))
 def test_any_request_for_several_peaks(interpreted: Interpreted, request: Request) -> None:
     check(interpreted, request)

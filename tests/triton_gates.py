@@ -188,9 +188,11 @@ def examine_all() -> dict[str, dict[str, Any]]:
     """``"<case>, sm_<architecture>"`` -> what is known; compiled in a process of its own."""
     import importlib.metadata
 
-    inputs = (KERNELS, Path(cuda.__file__), Path(reference.__file__), Path(__file__))
+    inputs = (KERNELS, Path(cuda.__file__), Path(__file__))
+    methods = {**reference.CELL_METHODS, **reference.MAP_METHODS}
+    said = [importlib.metadata.version("triton"), *(f"{m} {methods[m][1]}" for m in methods)]
     key = cuda_gates.digest(
-        [importlib.metadata.version("triton").encode(), *(file.read_bytes() for file in inputs)]
+        [*(word.encode() for word in said), *(file.read_bytes() for file in inputs)]
     )
     kept = cuda_gates.CACHE / f"triton-{key}.json"
     if not kept.is_file():

@@ -50,10 +50,10 @@ def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if REHEARSAL:
         emulated = cuda.Kernels(kernels, kernel_ops, DEVICE)
 
-        def choose(plan: Any, weights: Any, precision: str) -> Any:
+        def choose(plan: Any, weights: Any, precision: str, as_computed: bool = False) -> Any:
             dtype = next(iter(weights.values())).dtype
             reason = cuda.unsupported(plan, dtype, precision, emulated)
-            return reason or cuda.CudaExecutor(plan, weights, precision, emulated)
+            return reason or cuda.CudaExecutor(plan, weights, precision, emulated, as_computed)
 
         monkeypatch.setattr("hgfast.region.choose", choose)
 
