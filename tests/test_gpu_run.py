@@ -41,7 +41,9 @@ from hgfast import _native  # noqa: E402
 from hgfast.recognition import recognise  # noqa: E402
 
 needs_native = pytest.mark.skipif(_native.load() is None, reason=str(_native.reason))
-SHORT = "8x8 batch 2, (main|compile)|decode (quarter|dark) .* batch 2|HG-1 .* batch 1, (main|compile)"
+SHORT = (
+    "8x8 batch 2, (main|compile)|decode (quarter|dark) .* batch 2|HG-1 .* batch 1, (main|compile)"
+)
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
