@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -20,6 +19,12 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Heatmaps = Tensor | Sequence[Tensor]
 Decoded = tuple[Tensor, Tensor]
+Peaks = TopK | GlobalTopK
+
+#: flipped, joints, shift, mean; matrix, origin_x, origin_y, truncate; blur.
+Arguments = tuple[Any, ...]
+_NO_FLIP = (None, (), False, True)
+_NO_TRANSFORM = (None, 0.0, 0.0, False)
 
 
 @overload
@@ -106,31 +111,44 @@ def decode(
             topk with a method that has none; blur, beta, k or window out of range.
         TypeError: something of another type.
     """
-    asked = _checked(heatmaps, method, flip, transform, topk, blur, beta)
-    return _answer(asked, torch.ops.hgfast if _has_kernel(asked.maps) else reference)
+    _check_numbers(blur, beta)
+    maps, peaks, arguments = _checked(heatmaps, method, flip, transform, topk, blur)
+    if not _has_kernel(maps):
+        return _by_reference(maps, method, peaks, arguments, beta)
+    if peaks is None:
+        # No packet of overloads to search, and every argument costs: a call is to take little
+        # beside a map.
+        if beta != 1:
+            arguments = (*(arguments or (*_NO_FLIP, *_NO_TRANSFORM, blur)), beta)
+        coords, scores = torch.ops.hgfast.decode.default(maps, method, *arguments)
+        return coords, scores
+    coords, scores = torch.ops.hgfast.decode.topk(maps, method, peaks.k, peaks.window, *arguments)
+    return _ranked(coords, scores, peaks)
 
 
 def decode_by_reference(
     heatmaps: Heatmaps,
     method: str = "quarter",
-    topk: TopK | GlobalTopK | int | None = None,
+    topk: Peaks | int | None = None,
     *,
     blur: int = 11,
     beta: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """What :func:`decode` has to return, by the reference."""
-    return _answer(_checked(heatmaps, method, None, None, topk, blur, beta), reference)
+    _check_numbers(blur, beta)
+    maps, peaks, arguments = _checked(heatmaps, method, None, None, topk, blur)
+    return _by_reference(maps, method, peaks, arguments, beta)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A call of decode, checked, in the operators' terms."""
-
-    maps: Tensor
-    method: str
-    peaks: TopK | GlobalTopK | None
-    beta: float
-    arguments: dict[str, Any]
+def _by_reference(
+    maps: Tensor, method: str, peaks: Peaks | None, arguments: Arguments, beta: float
+) -> tuple[Tensor, ...]:
+    decode: Any = reference.decode  # mypy counts the tuple as arguments without end
+    if peaks is None:
+        coords, scores = decode(maps, method, *arguments, beta=beta)
+        return coords, scores
+    coords, scores = reference.decode_topk(maps, method, peaks.k, peaks.window, *arguments)
+    return _ranked(coords, scores, peaks)
 
 
 def _checked(
@@ -138,36 +156,26 @@ def _checked(
     method: str,
     flip: Flip | None,
     transform: Transform | Tensor | None,
-    topk: TopK | GlobalTopK | int | None,
+    topk: Peaks | int | None,
     blur: int,
-    beta: float,
-) -> _Asked:
+) -> tuple[Tensor, Peaks | None, Arguments]:
+    """The maps, the peaks that are wanted, and the arguments that both operators have.
+
+    Those are left out where they are the operators' defaults.
+    """
     if method not in METHODS:
         known = ", ".join(f'"{name}"' for name in METHODS)
         raise ValueError(f"decode expects a method out of {known}, got {method!r}")
-    _check_numbers(blur, beta)
     peaks = _peaks(method, topk)
     maps = _last_stack(heatmaps, "heatmaps")
     _check_maps(maps)
-    arguments: dict[str, Any] = {"blur": blur}
-    if flip is not None:
-        _add_flip(arguments, flip, maps)
-    if transform is not None:
-        _add_transform(arguments, transform, maps)
-    return _Asked(maps.detach(), method, peaks, beta, arguments)
-
-
-def _answer(asked: _Asked, operators: Any) -> tuple[Tensor, ...]:
-    """``operators`` has the operators: torch.ops.hgfast, or the reference."""
-    maps, method, peaks = asked.maps, asked.method, asked.peaks
-    if peaks is None:
-        coords, scores = operators.decode(maps, method, beta=asked.beta, **asked.arguments)
-        return coords, scores
-    decode_topk = reference.decode_topk if operators is reference else operators.decode.topk
-    coords, scores = decode_topk(maps, method, peaks.k, peaks.window, **asked.arguments)
-    if isinstance(peaks, GlobalTopK):
-        return _across_maps(coords, scores, peaks.k)
-    return coords, scores
+    if maps.requires_grad:
+        maps = maps.detach()
+    if flip is None and transform is None and blur == 11:
+        return maps, peaks, ()
+    merging = _NO_FLIP if flip is None else _merging(flip, maps)
+    placing = _NO_TRANSFORM if transform is None else _placing(transform, maps)
+    return maps, peaks, (*merging, *placing, blur)
 
 
 def _has_kernel(maps: Tensor) -> bool:
@@ -177,9 +185,14 @@ def _has_kernel(maps: Tensor) -> bool:
     return ops.is_available() and (device == "cpu" or (device == "cuda" and cuda.HAS_TRITON))
 
 
-def _across_maps(coords: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k highest of all maps' k highest, in a stable order; NaN first, as torch sorts."""
-    batch, count = scores.shape[:2]
+def _ranked(coords: Tensor, scores: Tensor, peaks: Peaks) -> tuple[Tensor, ...]:
+    """Peaks of each map; or the k highest of all maps, in a stable order, and their maps.
+
+    NaN comes first, as torch sorts.
+    """
+    if isinstance(peaks, TopK):
+        return coords, scores
+    k, (batch, count) = peaks.k, scores.shape[:2]
     if count == 0:
         coords, scores = coords.new_zeros(batch, 1, k, 2), scores.new_zeros(batch, 1, k)
     scores, order = scores.flatten(1).sort(dim=-1, descending=True, stable=True)
@@ -211,18 +224,19 @@ def _check_maps(heatmaps: Tensor) -> None:
         raise ValueError(f"{expected}, got shape {tuple(heatmaps.shape)}{hint}")
     if not heatmaps.is_floating_point():
         raise ValueError(f"{expected}, got {str(heatmaps.dtype).removeprefix('torch.')}")
-    if 0 in heatmaps.shape[2:]:
+    _, _, height, width = heatmaps.shape
+    if height == 0 or width == 0:
         raise ValueError(f"{expected} with at least one cell, got shape {tuple(heatmaps.shape)}")
 
 
 def _check_numbers(blur: int, beta: float) -> None:
-    if isinstance(blur, bool) or not isinstance(blur, int) or blur < 3 or blur % 2 == 0:
+    if not isinstance(blur, int) or isinstance(blur, bool) or blur < 3 or blur % 2 == 0:
         raise ValueError(f"decode expects an odd blur of at least 3 cells, got {blur!r}")
     if not (isinstance(beta, (int, float)) and 0 < beta < math.inf):
         raise ValueError(f"decode expects a positive, finite beta, got {beta!r}")
 
 
-def _peaks(method: str, topk: TopK | GlobalTopK | int | None) -> TopK | GlobalTopK | None:
+def _peaks(method: str, topk: Peaks | int | None) -> Peaks | None:
     if topk is None:
         return None
     if isinstance(topk, int):
@@ -241,7 +255,7 @@ def _peaks(method: str, topk: TopK | GlobalTopK | int | None) -> TopK | GlobalTo
     return topk
 
 
-def _add_flip(arguments: dict[str, Any], flip: Flip, maps: Tensor) -> None:
+def _merging(flip: Flip, maps: Tensor) -> Arguments:
     if not isinstance(flip, Flip):
         raise TypeError(f"decode expects flip as hgfast.Flip, got {type(flip).__name__}")
     flipped = _last_stack(flip.heatmaps, "flipped heatmaps")
@@ -252,15 +266,11 @@ def _add_flip(arguments: dict[str, Any], flip: Flip, maps: Tensor) -> None:
         )
     if flip.reduce not in ("mean", "sum"):
         raise ValueError(f'decode expects flip\'s reduce "mean" or "sum", got {flip.reduce!r}')
-    arguments.update(
-        flipped=flipped.detach(),
-        joints=flip.joints(maps.shape[1]),
-        shift=bool(flip.shift),
-        mean=flip.reduce == "mean",
-    )
+    joints = flip.joints(maps.shape[1])
+    return flipped.detach(), joints, bool(flip.shift), flip.reduce == "mean"
 
 
-def _add_transform(arguments: dict[str, Any], transform: Transform | Tensor, maps: Tensor) -> None:
+def _placing(transform: Transform | Tensor, maps: Tensor) -> Arguments:
     if isinstance(transform, Tensor):
         transform = Transform.affine(transform)
     if not isinstance(transform, Transform):
@@ -270,9 +280,7 @@ def _add_transform(arguments: dict[str, Any], transform: Transform | Tensor, map
         )
     batch, _, height, width = maps.shape
     matrix, origin_x, origin_y = transform.resolve(batch, height, width, maps.device)
-    arguments.update(
-        matrix=matrix, origin_x=origin_x, origin_y=origin_y, truncate=bool(transform.truncate)
-    )
+    return matrix, origin_x, origin_y, bool(transform.truncate)
 
 
 def _outline(maps: Tensor) -> str:
