@@ -103,10 +103,11 @@ def test_a_map_in_several_tiles(interpreted: Interpreted, method: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("where", [0, 2047, 2048, 4095, 4096, 8191, 8192, 8280])
 def test_a_maximum_in_each_tile(interpreted: Interpreted, where: int) -> None:
-    """And of equals the first, wherever the second is."""
-    maps = torch.zeros(1, 1, 91, 91)
-    maps.view(-1)[where] = maps.view(-1)[min(where + 64, 8280)] = 2.0
-    check(interpreted, {"maps": maps, "method": "argmax"})
+    """And of equals the first, whether the second is in the same lane, 2048 further, or not."""
+    for further in (64, 2048, 6144):
+        maps = torch.zeros(1, 1, 91, 91)
+        maps.view(-1)[where] = maps.view(-1)[min(where + further, 8280)] = 2.0
+        check(interpreted, {"maps": maps, "method": "argmax"})
     maps.view(-1)[8280 - where] = torch.nan
     check(interpreted, {"maps": maps, "method": "argmax"})
 
