@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from hgfast._table import render
 from hgfast.decoding.dispatch import decode_by_reference
+from hgfast.metrics import pck
 
 PRECISIONS: Final = ("highest", "high", "medium")
 
@@ -41,6 +42,7 @@ _COLUMNS: Final = (
     "moved",
     "undecided",
     "shift",
+    "pck",
     "verdict",
 )
 
@@ -58,6 +60,9 @@ class OutputCheck:
         undecided: how many of those float64 itself does not decide.
         keypoint_shift: how far the farthest of the moved went, in heatmap pixels.
         fault: what is wrong, empty where nothing is.
+        pck: the share of keypoints, decoded by the quarter rule, that are within half a heatmap
+            pixel of float64's, out of those that float64 sees (:func:`hgfast.metrics.pck`);
+            None where there are none. To be read; ``moved`` is what is judged.
     """
 
     name: str
@@ -71,6 +76,7 @@ class OutputCheck:
     undecided: int
     keypoint_shift: float
     fault: str
+    pck: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -138,6 +144,7 @@ class Verification:
                 output.moved,
                 output.undecided,
                 output.keypoint_shift,
+                output.pck,
                 output.fault or "ok",
             )
             for output in self.outputs
@@ -489,6 +496,7 @@ def _check(
         undecided,
         shift,
         ", ".join(text for wrong, text in faults if wrong),
+        _pck(given, reference),
     )
 
 
@@ -520,6 +528,17 @@ def _keypoints(given: Tensor, reference: Tensor, undecided_gap: float) -> tuple[
         (cell % width - best % width).double(), (cell // width - best // width).double()
     )
     return int(moved.sum()), int(undecided.sum()), _largest(distance * moved)
+
+
+def _pck(given: Tensor, reference: Tensor) -> float | None:
+    """The share of keypoints that lie within half a cell of the reference's."""
+    if reference.ndim < 4 or reference.numel() == 0:
+        return None
+    given, reference = (maps.reshape(-1, *maps.shape[-3:]) for maps in (given, reference))
+    places, _ = decode_by_reference(given, "quarter")
+    right, scores = decode_by_reference(reference, "quarter")
+    share = pck(places, right, 1.0, threshold=0.5, valid=scores > 0)
+    return None if math.isnan(share) else share
 
 
 def _largest(values: Tensor) -> float:

@@ -74,6 +74,7 @@ def test_a_model_agrees_with_itself(model: nn.Module, image: Tensor, precision: 
     assert [output.name for output in result.outputs] == ["[0]", "[1]"]
     assert 0 < result.max_abs < 1e-4
     assert 0 < result.rel < 1e-5
+    assert all(output.pck == 1 for output in result.outputs)
 
 
 def test_channels_last_is_as_good_as_eager(model: nn.Module, image: Tensor) -> None:
@@ -215,6 +216,7 @@ def test_keypoint_rule(precision: str, gap: float, ok: bool) -> None:
     assert output.moved == 1
     assert output.undecided == int(ok)
     assert result.keypoint_shift == 10.0  # from (3, 5) to (11, 11)
+    assert output.pck == 0.5  # one of two
     assert result.ok is ok, result
     assert output.fault == ("" if ok else "1 keypoints moved")
 
@@ -310,6 +312,7 @@ def test_empty_batch(model: nn.Module, image: Tensor) -> None:
     result = hgfast.verify(model, model, image[:0])
     assert result.ok
     assert (result.max_abs, result.rel, result.keypoint_shift) == (0, 0, 0)
+    assert all(output.pck is None for output in result.outputs)
 
 
 def test_heatmaps_of_all_stacks_in_one_tensor() -> None:
@@ -441,6 +444,7 @@ def test_table(model: nn.Module, image: Tensor) -> None:
     assert text.startswith('verify StackedHourglass, precision "highest": ok')
     assert "[0]" in text
     assert "[1]" in text
+    assert "pck" in text
     assert "twice that of eager float32" in text
     wrong = Edited(model, lambda maps: [maps[0], maps[1] * 1.1])
     text = str(hgfast.verify(model, wrong, image))
