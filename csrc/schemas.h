@@ -1,5 +1,6 @@
 // Every operator that hgfast registers, at a glance. Formulas, shapes and errors are told in
-// hgfast/ops.py; the implementations are in cpu_ops.cpp and cuda_ops.cpp.
+// hgfast/ops.py; the implementations are in cpu_ops.cpp and cuda_ops.cpp, decode's for a GPU in
+// hgfast/decoding/cuda.py.
 #pragma once
 
 #include <torch/library.h>

@@ -159,7 +159,7 @@ def allowed(request: dict[str, Any]) -> Tensor:
     if "k" not in request:
         x, y = x[..., None], y[..., None]
     system = reference.dark_system if method == "dark" else reference.udp_system
-    gradient, hessian = system(merged, x, y, request["blur"])
+    gradient, hessian = system(merged, x, y, request.get("blur", 11))
     error = 2.0**-45  # of a logarithm: below 32 in size, with an ulp or two
     finite = hessian.isfinite().flatten(-2).all(-1) & gradient.isfinite().all(-1)
     hessian = torch.where(finite[..., None, None], hessian, torch.eye(2, dtype=torch.float64))
