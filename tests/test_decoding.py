@@ -757,6 +757,7 @@ def test_wrong_heatmaps(maps: Tensor | list[Tensor], message: str, method: str) 
         ({"flip": Flip(MAPS, [(0, 5)])}, r"joints 0 to 4, each once, got \(0, 5\)"),
         ({"flip": Flip(MAPS, [(-1, 2)])}, r"joints 0 to 4, each once, got \(-1, 2\)"),
         ({"flip": Flip(MAPS, [(1, 1)])}, r"each once, got \(1, 1\)"),
+        ({"flip": Flip(MAPS, [1, 2])}, r"pairs \(left, right\) of .* each once, got 1"),  # type: ignore[list-item]
         ({"flip": Flip(MAPS, [(0, 1), (2, 1)])}, r"got \(2, 1\) and another with joint 1"),
         ({"flip": Flip(MAPS, [(0, 1), (0, 1)])}, r"got \(0, 1\) and another with joint 0"),
         ({"flip": Flip(MAPS, [(0, 1, 2)])}, r"got \(0, 1, 2\)"),

@@ -37,7 +37,10 @@ class Flip:
         expected = f"decode expects flip pairs (left, right) of joints 0 to {count - 1}, each once"
         order = list(range(count))
         for pair in self.pairs:
-            ends = [int(end) for end in pair]
+            try:
+                ends = [int(end) for end in pair]
+            except TypeError as error:
+                raise ValueError(f"{expected}, got {pair!r}") from error
             if len(ends) != 2 or ends[0] == ends[1]:
                 raise ValueError(f"{expected}, got {tuple(ends)}")
             for end in ends:
