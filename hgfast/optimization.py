@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,6 @@ class Optimization:
     """What an optimised model remembers, as a plain attribute of its root."""
 
     precision: str
-    decode: dict[str, Any] | None
     skipped: list[Skipped]
     notices: Notices
 
@@ -54,8 +54,8 @@ def optimization_of(model: nn.Module) -> Optimization | None:
 
 def decode_of(model: nn.Module) -> dict[str, Any] | None:
     """How ``model`` decodes its heatmaps, or None if it returns heatmaps."""
-    optimization = optimization_of(model)
-    return optimization.decode if optimization else None
+    forward = model.__dict__.get("forward")
+    return forward.decoding if isinstance(forward, Forward) else None
 
 
 def precision_of(model: nn.Module) -> str | None:
@@ -97,15 +97,19 @@ def optimize(
             (B, K, H, W) or a list of them, and then returns what ``hgfast.decode`` makes of the
             last. Where the whole model is replaced, these are decoded as the kernels leave them,
             neither converted to the model's dtype nor copied; other outputs are not computed.
+            A module inside that decodes already goes on to do so.
 
     Returns:
         The optimised model. ``hgfast.report`` says what was replaced.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example`` not made of tensors.
+        TypeError: ``model`` is not a module, ``example`` not made of tensors, or ``decode``
+            neither a name nor keywords.
         ValueError: ``precision`` or ``decode`` is unknown, ``model`` cannot be deep-copied, or
             returns something else than heatmaps where they are to be decoded.
         OptimizationError: nothing was replaced and ``strict`` is set.
+
+    Where it raises, ``model`` is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -125,51 +129,89 @@ def optimize(
         return model if inplace else _copy(model)
 
     target = model if inplace else _copy(model)
-    restore(target)
-    optimization = Optimization(precision, decoding, [], Notices())
+    before = [(module, _marks_of(module)) for module in target.modules()]
+    try:
+        _replace(target, decoding, Optimization(precision, [], Notices()), inputs, strict)
+    except Exception:
+        restore(target)
+        for module, marks in before:
+            module.__dict__.update(marks)
+        raise
+    return target
+
+
+def _replace(
+    target: nn.Module,
+    decoding: dict[str, Any] | None,
+    optimization: Optimization,
+    inputs: tuple[Tensor, ...] | None,
+    strict: bool,
+) -> None:
+    without_kernels(target)
+    if decoding is not None:
+        Forward(target, decoding).install()
     if os.environ.get(DISABLE, "0") not in ("", "0"):
         optimization.skipped.append(Skipped("", f"{DISABLE} is set"))
         target.__dict__[_ATTRIBUTE] = optimization
-        if decoding is not None:
-            Forward(target, decoding).install()
-        return target
+        return
 
     regions = _find_regions(target, optimization, inputs)
     if inputs is not None:
         regions = _plausible(target, regions, inputs, optimization)
-    whole = next((region for region in regions if region.module is target), None)
-    if whole is not None and decoding is not None:
+    for region in regions:
+        decoding = decode_of(region.module)
+        if decoding is None:
+            continue
         try:
-            whole.decode_with(decoding)
+            region.decode_with(decoding)
         except ValueError as error:
             raise ValueError(
-                f"optimize cannot decode what {type(model).__name__} returns: {error}"
+                f"optimize cannot decode what {type(region.module).__name__} returns: {error}"
             ) from error
     if not regions:
         reason = optimization.skipped[0].reason if optimization.skipped else "it is empty"
-        message = f"hgfast.optimize replaced nothing in {type(model).__name__}, because {reason}"
+        message = f"hgfast.optimize replaced nothing in {type(target).__name__}, because {reason}"
         if strict:
             raise OptimizationError(message)
-        warnings.warn(message, HgfastWarning, stacklevel=2)
+        warnings.warn(message, HgfastWarning, stacklevel=3)
     target.__dict__[_ATTRIBUTE] = optimization
     for region in regions:
         region.install()
-    if whole is None and decoding is not None:
-        Forward(target, decoding).install()
-    return target
 
 
 def restore(fast: Model) -> Model:
     """Make an optimised model the eager model again, in place.
 
-    Also to be called before a whole model is saved for machines without hgfast. Returns
-    ``fast``; a model that is not optimised is returned as it is.
+    Also to be called before a whole model is saved for machines without hgfast. Modules inside
+    that were optimised on their own are restored too, and return heatmaps again where they decoded
+    them. Returns ``fast``; a model that is not optimised is returned as it is.
     """
     for module in fast.modules():
-        if isinstance(module.__dict__.get("forward"), Forward):
-            del module.__dict__["forward"]
-        module.__dict__.pop(_ATTRIBUTE, None)
+        for name in _marks_of(module):
+            del module.__dict__[name]
     return fast
+
+
+def without_kernels(fast: Model) -> Model:
+    """Restore ``fast`` in place, but for modules inside that decode: they do so behind eager.
+
+    What encloses them was written for keypoints.
+    """
+    inner = [(module, decode_of(module)) for module in fast.modules() if module is not fast]
+    restore(fast)
+    for module, decoding in inner:
+        if decoding is not None:
+            Forward(module, decoding).install()
+    return fast
+
+
+def _marks_of(module: nn.Module) -> dict[str, Any]:
+    """What :func:`optimize` set on this module itself, by attribute."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if (name == "forward" and isinstance(value, Forward)) or name == _ATTRIBUTE
+    }
 
 
 def refresh(fast: Model) -> Model:
@@ -204,6 +246,11 @@ def warmup(fast: Model, shapes: Sequence[int] | Iterable[Sequence[int]]) -> Mode
 
 def _decoding(decode: str | Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of hgfast.decode that are asked for, tried out."""
+    if not isinstance(decode, (str, Mapping)):
+        raise TypeError(
+            "optimize expects decode as a method's name or keywords of hgfast.decode, "
+            f"got {type(decode).__name__}"
+        )
     named = {"method": decode} if isinstance(decode, str) else dict(decode)
     decoding = {"method": "quarter", **named}
     known = ("method", "blur", "beta", "topk")
@@ -254,7 +301,7 @@ def _find_regions(
             return
         visited.add(id(module))
         try:
-            if "forward" in module.__dict__:
+            if not isinstance(module.__dict__.get("forward"), (Forward, NoneType)):
                 raise TraceError("it has a forward of its own, set on the instance")
             plan = recognise(module, examples.get(module))
         except TraceError as error:
@@ -312,6 +359,8 @@ def _plausible(
     wrong = dict.fromkeys(regions, "the example never reaches it")
 
     def compare(region: Region, args: Any, kwargs: Any, output: Any) -> None:
+        if decode_of(region.module) is not None:
+            output = region.eager(*args, **kwargs)
         executor = region.pack().executor
         assert executor is not None  # or it would not be a region
         try:

@@ -79,11 +79,13 @@ def report(fast: nn.Module) -> Report:
     Backends are those of this moment: a model that was moved or cast since is described as it
     is now. For a model that was never optimised the report is empty and says so.
     """
-    from hgfast.optimization import optimization_of  # which imports this module's rows
+    # They import this module's rows.
+    from hgfast.optimization import decode_of, optimization_of
 
     optimization = optimization_of(fast)
     if optimization is None:
         return Report()
+    decoding = decode_of(fast)
     replaced = []
     for region in regions_of(fast):
         prefix = f"{region.name}." if region.name else ""
@@ -97,5 +99,5 @@ def report(fast: nn.Module) -> Report:
         skipped=list(optimization.skipped),
         fallbacks=[(name, reason) for reason, name in optimization.notices.seen.items()],
         precision=optimization.precision,
-        decode=optimization.decode["method"] if optimization.decode else None,
+        decode=decoding["method"] if decoding else None,
     )

@@ -43,6 +43,11 @@ class Wrapped(nn.Module):
         return self._pack[0](self.network(x))
 
 
+class Last(nn.Module):
+    def forward(self, stacks: list[Tensor]) -> Tensor:
+        return stacks[-1].sin()
+
+
 def run(model: nn.Module, x: Tensor) -> Any:
     with torch.inference_mode():
         return model(x)
@@ -194,6 +199,50 @@ def test_optimised_again_it_follows_the_last_wish() -> None:
     assert same is fast
 
 
+class Pipeline(nn.Module):
+    """A network that decodes, and what was written for its keypoints."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        coords, scores = self.network(x)
+        return 4 * coords * scores[..., None]
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_inside_that_decodes_goes_on_to_do_so(whole: bool, with_example: bool) -> None:
+    x = image(2)
+    network = small_hourglass(stacks=3)
+    if not whole:
+        network = nn.Sequential(network, Last()).eval()
+    pipeline = Pipeline(hgfast.optimize(network, decode="quarter")).eval()
+    expected = run(pipeline, x)
+    fast = hgfast.optimize(pipeline, "medium", example=x if with_example else None)
+    (region,) = regions_of(fast)
+    assert region.name == ("network" if whole else "network.0")
+    assert region.precision == "medium"
+    torch.testing.assert_close(run(fast, x), expected, rtol=0.1, atol=0.1)
+    with torch.inference_mode():
+        heatmaps, keypoints = fast.network.__dict__["forward"].both(x)
+    assert_equal(keypoints, hgfast.decode(heatmaps))
+    with pytest.raises(ValueError, match="output is then float32"):  # as decode's results are
+        hgfast.verify(pipeline, fast, x)
+
+
+def test_where_it_raises_the_model_is_left_as_it_was() -> None:
+    model = hgfast.optimize(Wrapped(lambda stacks: {"heatmaps": stacks}).eval())
+    before, report = list(regions_of(model)), str(hgfast.report(model))
+    assert before
+    with pytest.raises(ValueError, match="cannot decode what Wrapped returns"):
+        hgfast.optimize(model, inplace=True, decode="quarter")
+    assert regions_of(model) == before
+    assert str(hgfast.report(model)) == report
+    assert decode_of(model) is None
+
+
 def test_changed_weights_are_followed() -> None:
     model, x = small_hourglass(stacks=2), image()
     fast = hgfast.optimize(model, decode="quarter")
@@ -235,6 +284,29 @@ def test_verify_notices_a_wrong_decoder(wrong: str, monkeypatch: pytest.MonkeyPa
     assert "not what the reference decodes" in str(verification)
 
 
+def test_verify_notices_a_wrong_score_beside_an_infinite_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Infinite(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            maps = super().forward(x)
+            return torch.cat((maps, torch.full_like(maps[:, :1], torch.inf)), 1)
+
+    decode = region_module.decode
+
+    def broken(heatmaps: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        coords, scores = decode(heatmaps, **rest)
+        return coords, scores + 1
+
+    model = Infinite().eval()
+    with pytest.warns(hgfast.HgfastWarning, match="replaced nothing"):
+        fast = hgfast.optimize(model, decode="quarter")
+    assert hgfast.verify(model, fast, image()).ok
+    monkeypatch.setattr(region_module, "decode", broken)
+    verification = hgfast.verify(model, fast, image())
+    assert [output.ok for output in verification.outputs] == [True, True, False]
+
+
 def test_verify_notices_wrong_heatmaps() -> None:
     model = small_hourglass(stacks=2)
     fast = hgfast.optimize(model, decode="quarter")
@@ -261,6 +333,12 @@ def test_wrong_wishes(decode: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hgfast.optimize(model, inplace=True, decode=decode)
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("wrong", [True, 3])
+def test_neither_a_name_nor_keywords(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=f"keywords of hgfast.decode, got {type(wrong).__name__}"):
+        hgfast.optimize(small_hourglass(), decode=wrong)
 
 
 def test_outputs_that_are_no_heatmaps() -> None:
