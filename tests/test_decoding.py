@@ -761,6 +761,7 @@ def test_wrong_heatmaps(maps: Tensor | list[Tensor], message: str, method: str) 
         ({"flip": Flip(MAPS, [(0, 1), (2, 1)])}, r"got \(2, 1\) and another with joint 1"),
         ({"flip": Flip(MAPS, [(0, 1), (0, 1)])}, r"got \(0, 1\) and another with joint 0"),
         ({"flip": Flip(MAPS, [(0, 1, 2)])}, r"got \(0, 1, 2\)"),
+        ({"flip": Flip(MAPS, [("left", "right")])}, r"0 to 4, each once, got \('left', 'right'\)"),  # type: ignore[list-item]
         ({"flip": Flip(MAPS, [], reduce="max")}, r"reduce \"mean\" or \"sum\", got 'max'"),
         # transform
         ({"transform": Transform.mpii(CENTER, 1)}, r"center of shape \(2, 2\) or \(2,\), got \(3"),
@@ -800,6 +801,15 @@ def test_udp_needs_two_cells_each_way() -> None:
         ((None,), "tensor of heatmaps .* got NoneType"),
         ((MAPS, "quarter", MAPS), r"flip as hgfast\.Flip, got Tensor"),
         ((MAPS, "quarter", Flip(None, [])), "tensor of flipped heatmaps .* got NoneType"),  # type: ignore[arg-type]
+        ((MAPS, "quarter", Flip(MAPS, None)), r"pairs \(left, right\) .* got None"),  # type: ignore[arg-type]
+        (
+            (MAPS, "quarter", None, Transform.mpii((1, 2), None)),
+            "numbers as a transform's scale: .*NoneType",
+        ),
+        (
+            (MAPS, "quarter", None, Transform.coco("ab", 1)),
+            "numbers as a transform's center: .*str",
+        ),
         ((MAPS, "quarter", None, (1, 2)), r"transform as hgfast\.Transform .* got tuple"),
         ((MAPS, "quarter", None, None, "3"), "topk as TopK, GlobalTopK or int, got str"),
     ],

@@ -17,7 +17,8 @@ class Flip:
     Args:
         heatmaps: what the network gives for the mirrored image: shape, dtype and device of the
             heatmaps that they are merged with, or a list of stacks, of which the last counts.
-        pairs: the joints that change places when an image is mirrored, as (left, right).
+        pairs: the joints that change places when an image is mirrored, as (left, right), each at
+            most once. Joints of the body's middle are left out.
         shift: move the mirrored-back heatmaps one column to the right, column 0 kept, as Simple
             Baselines and HRNet do (``SHIFT_HEATMAP``), whose heatmaps are not aligned otherwise.
         reduce: "mean" of both, or "sum", as the original hourglass does.
@@ -33,13 +34,18 @@ class Flip:
 
         Raises:
             ValueError: a pair is no pair, out of range, or shares a joint with another.
+            TypeError: the pairs are no sequence.
         """
         expected = f"decode expects flip pairs (left, right) of joints 0 to {count - 1}, each once"
         order = list(range(count))
-        for pair in self.pairs:
+        try:
+            pairs = list(self.pairs)
+        except TypeError as error:
+            raise TypeError(f"{expected}, got {self.pairs!r}") from error
+        for pair in pairs:
             try:
                 ends = [int(end) for end in pair]
-            except TypeError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{expected}, got {pair!r}") from error
             if len(ends) != 2 or ends[0] == ends[1]:
                 raise ValueError(f"{expected}, got {tuple(ends)}")
@@ -79,7 +85,7 @@ class Transform:
 
         Args:
             center: (x, y) in image pixels, (B, 2), or (2,) for all images.
-            scale: (B,), or one number for all images.
+            scale: (B,), or one number for all images. It is the box's side, so not a pair (w, h).
             unit: the pixels that a scale of 1 stands for; in MPII's annotations 200.
             truncate: see :class:`Transform`.
         """
@@ -99,7 +105,8 @@ class Transform:
         Args:
             center: (x, y) in image pixels, (B, 2), or (2,) for all images.
             scale: width and height of the box, (B, 2), the height not used; or only the width,
-                (B,), or one number for all images.
+                (B,), or one number for all images. One box alone is [(w, h)]: (w, h) would be the
+                widths of two.
             unit: the pixels that a scale of 1 stands for: 200 in Simple Baselines, HRNet and
                 mmpose 0.x; 1 where boxes are in pixels, as in mmpose 1.x.
             truncate: see :class:`Transform`.
@@ -120,7 +127,7 @@ class Transform:
         Args:
             center: (x, y) in image pixels, (B, 2), or (2,) for all images.
             scale: width and height of the box, (B, 2); or one for both, (B,), or one number for
-                all images.
+                all images. One box alone is [(w, h)], see :meth:`coco`.
             unit: the pixels that a scale of 1 stands for; see :meth:`coco`.
             truncate: see :class:`Transform`.
         """
@@ -150,7 +157,7 @@ class Transform:
             ValueError: parts of another shape or batch, or heatmaps too small for ``udp``.
         """
         if self.kind == "affine":
-            matrix, stride = _tensor(self.parts[0], device), float(self.parts[1])
+            matrix, stride = _tensor(self.parts[0], "matrix", device), float(self.parts[1])
             if matrix.shape not in ((2, 3), (batch, 2, 3)):
                 raise ValueError(
                     f"decode expects a transform's matrix of shape ({batch}, 2, 3) or (2, 3), "
@@ -160,7 +167,8 @@ class Transform:
                 matrix = matrix * matrix.new_tensor([stride, stride, 1])
             return matrix.expand(batch, 2, 3).contiguous(), 0.0, 0.0
 
-        center, scale = (_tensor(part, device) for part in self.parts)
+        center, scale = self.parts
+        center, scale = _tensor(center, "center", device), _tensor(scale, "scale", device)
         if center.shape not in ((2,), (batch, 2)):
             raise ValueError(
                 f"decode expects a transform's center of shape ({batch}, 2) or (2,), "
@@ -229,5 +237,8 @@ class GlobalTopK:
     window: int = 3
 
 
-def _tensor(value: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+def _tensor(value: Any, name: str, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"decode expects numbers as a transform's {name}: {error}") from error
