@@ -577,6 +577,7 @@ def trace_with_example(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
         TraceError: as :func:`trace`, or torch.export cannot follow the forward.
     """
     _check_untouched(module)
+    module = _with_its_class_forward(module)
     with _evaluation_mode(module):  # export itself puts back attributes that a forward sets
         try:
             program = torch.export.export(module, example, strict=False)
@@ -643,6 +644,18 @@ def _check_untouched(module: nn.Module) -> None:
             raise TraceError(f"{where} has a parametrisation")
         if "forward" in child.__dict__ and child is not module:
             raise TraceError(f"{where} has a forward of its own, set on the instance")
+
+
+def _with_its_class_forward(module: nn.Module) -> nn.Module:
+    """The module, or a shallow copy without the forward that its instance has of its own.
+
+    A copy, because other threads may be calling the module.
+    """
+    if "forward" not in module.__dict__:
+        return module
+    bare: nn.Module = module.__new__(type(module))
+    bare.__dict__.update({k: v for k, v in module.__dict__.items() if k != "forward"})
+    return bare
 
 
 @contextmanager

@@ -243,6 +243,28 @@ def test_where_it_raises_the_model_is_left_as_it_was() -> None:
     assert decode_of(model) is None
 
 
+class ChecksItsInput(nn.Module):
+    """Cannot be traced symbolically."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_hourglass(stacks=2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        assert not x.shape[2] % 32
+        return self.network(x)
+
+
+def test_what_needs_an_example_decodes_as_a_whole_and_so_do_its_copies() -> None:
+    x = image()
+    fast = hgfast.optimize(ChecksItsInput().eval(), example=x, decode="quarter")
+    assert [region.name for region in regions_of(fast)] == [""]
+    assert hgfast.report(fast).skipped == []
+    twin = copy.deepcopy(fast)
+    assert_equal(run(twin, x), run(fast, x))  # _no_silent_fallback: not eagerly
+    assert "eager" not in {path for region in regions_of(twin) for _, path in region.paths()}
+
+
 def test_changed_weights_are_followed() -> None:
     model, x = small_hourglass(stacks=2), image()
     fast = hgfast.optimize(model, decode="quarter")
