@@ -98,8 +98,9 @@ def decode(
     Returns:
         Coordinates (B, K, 2), float32, as (x, y) in heatmap cells with (0, 0) the centre of the
         first (its corner for ``newell``, ``princeton`` and, away from the border, ``megvii``,
-        which add half a cell), or in image pixels. And scores (B, K), float32: each map's maximum (see ``megvii`` for its own). No
-        gradient flows. :class:`TopK` and :class:`GlobalTopK` tell what they change.
+        which add half a cell), or in image pixels. And scores (B, K), float32: each map's maximum
+        (see ``megvii`` for its own). No gradient flows. :class:`TopK` and :class:`GlobalTopK` tell
+        what they change.
 
         A joint whose maximum is not positive is invisible: that is its score, and its coordinates
         are the mark that the method's public code leaves, (0, 0), (-1, -1) or (-0.5, -0.5). A
