@@ -8,8 +8,10 @@ the interpreter does not tell, is examined in ``triton_gates``.
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,51 @@ def test_what_is_clipped_and_turned_upside_down(
 
 
 @needs_triton
+@pytest.mark.parametrize(("method", "low"), [("dark", 1e-10), ("udp", 1e-3)])
+def test_limits_are_not_rounded_to_float32(
+    interpreted: Interpreted, method: str, low: float
+) -> None:
+    """A neighbour between the limit and the float32 next to it, seen through a magnifier."""
+    rounded = torch.tensor(low).double()
+    maps = torch.zeros(400, 1, 9, 9)
+    maps[:, 0, 3:6, 3:6] = torch.tensor([[0.3, 0.6, 0.3], [0.5, 1.0, 0.55], [0.2, 0.5, 0.4]])
+    peak = scaled(maps)[0, 0, 4, 5]
+    g = torch.Generator().manual_seed(1)
+    maps = maps * (low / peak * (1 + 2e-7 * torch.randn(400, 1, 9, 9, generator=g)))
+    value = scaled(maps)[:, 0, 4, 5]
+    between = (low < value) & (value < rounded)
+    assert between.any()
+    matrix = torch.tensor([[[1e9, 0, 0], [0, 1e9, 0]]], dtype=torch.float64)
+    request = {"method": method, "blur": 3, "matrix": matrix, "origin_x": 4.0, "origin_y": 4.0}
+    check(interpreted, {"maps": maps[between][:1].contiguous(), **request})
+
+
+def scaled(maps: torch.Tensor) -> torch.Tensor:
+    """What dark and udp clip, if they clip: blurred maps with the maxima they had."""
+    blurred = hgfast.decoding.reference.gaussian_blur(maps, 3).double()
+    return blurred * (maps.amax((2, 3), True).double() / blurred.amax((2, 3), True))
+
+
+@needs_triton
+def test_places_are_float64_to_the_end(interpreted: Interpreted) -> None:
+    """Also an origin that float32 does not hold."""
+    maps = maps_of("peaked", 1, 3, 9, 7)
+    matrix = 1e6 * torch.eye(3, dtype=torch.float64)[None, :2]
+    request = {"maps": maps, "method": "quarter", "matrix": matrix}
+    request |= {"origin_x": 0.1, "origin_y": math.pi}
+    check(interpreted, request)
+    check(interpreted, {**request, "k": 2, "window": 3})
+
+
+@needs_triton
+@pytest.mark.parametrize("beta", [1e-50, 1e-44, 1e40])
+def test_betas_that_float32_does_not_hold(interpreted: Interpreted, beta: float) -> None:
+    maps = maps_of("peaked", 1, 2, 9, 7)
+    maps[0, 0, 2, 3] = -math.inf
+    check(interpreted, {"maps": maps, "method": "softargmax", "beta": beta})
+
+
+@needs_triton
 @pytest.mark.parametrize("blur", [3, 9, 51, 151])
 @pytest.mark.parametrize("method", ["dark", "udp", "megvii"])
 def test_gaussians_of_every_size(interpreted: Interpreted, method: str, blur: int) -> None:
@@ -267,6 +314,25 @@ def test_an_error_of_the_kernels_process_arrives_here(interpreted: Interpreted) 
     check(interpreted, {"maps": MAPS, "method": "argmax"})  # it is there still
 
 
+def test_what_is_kept_is_made_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it may lie in the memory of a graph; what a pool of threads leaves behind ends, too."""
+    threads, made = [], torch.tensor
+
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(cuda, "_kept", {})
+    monkeypatch.setattr(torch, "tensor", make)
+    running = threading.active_count()
+    first, again = (cuda._numbers((2, 0, 1), torch.int32, MAPS.device) for _ in range(2))
+    assert first is again
+    assert first.tolist() == [2, 0, 1]
+    assert threads != [threading.get_ident()]
+    assert len(threads) == 1
+    assert threading.active_count() == running
+
+
 def test_importing_hgfast_imports_no_triton() -> None:
     ask = (
         "import sys, torch, hgfast, hgfast.ops\n"
@@ -368,6 +434,8 @@ def test_logarithms_and_quotients_are_float64(compiled: dict[str, dict[str, Any]
             for limit in limits:
                 bits = torch.tensor(limit, dtype=torch.float64).view(torch.int64).item()
                 assert f"0d{bits:016X}" in kernel["constants"], f"{name}: {limit} is rounded"
+                rounded = torch.tensor(limit).double().view(torch.int64).item()
+                assert rounded == bits or f"0d{rounded:016X}" not in kernel["constants"], name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

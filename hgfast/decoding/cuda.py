@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def decode(
         options = {**launch.options, "BLOCK": launch.block, "LOOP": launch.loops}
         _run(
             "decode_kernel", launch, (coords, scores), joints, matrix,
-            (float(origin_x), float(origin_y), float(beta)),
+            # The kernel has it in float32, where 0 times an infinity were NaN.
+            (float(origin_x), float(origin_y), max(float(beta), 2.0**-149)),
             {**options, "TRUNCATE": matrix is not None and truncate},
         )  # fmt: skip
     return coords, scores
@@ -229,7 +231,11 @@ def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         for place, value in zip(made.unbind(), values, strict=True):
             place.fill_(value)
         return made
-    return _kept.setdefault(key, torch.tensor(values, dtype=dtype, device=device))
+    # In a thread of its own: while torch.compile prepares a graph ("reduce-overhead"), what this
+    # thread asks for comes out of that graph's memory, which is not for keeping.
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(torch.tensor, values, dtype=dtype, device=device).result()
+    return _kept.setdefault(key, made)
 
 
 def _check(

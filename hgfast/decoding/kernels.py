@@ -6,8 +6,10 @@ the maximum and its cell, one of nine refinements or the k highest peaks, the wa
 Layout: a program has JOINTS maps of one image and runs through tiles [JOINTS, BLOCK] of their
 cells; whatever there is one of per map is a column [JOINTS, 1]. Where a map is contiguous JOINTS is
 1, and neighbouring threads have neighbouring cells. Where joints are neighbours in memory
-(channels_last, as networks here give them) it is as many as 32 bytes hold, so that no part of a
-sector is fetched in vain. Other strides work too, a map a program.
+(channels_last, as networks here give them) it is as many as 32 bytes hold, a sector of memory.
+Where their number is no multiple of that, as COCO's 17, programs share sectors, which come from
+memory once and from the second-level cache again, and the last program of an image has lanes that
+do nothing. Other strides work too, a map a program.
 
 The argument is one of bytes. A map of 64x48 is 12 KiB in float32, and but for softmax and blur all
 arithmetic on it is a comparison or two per cell: the floor is the time to read the maps once. So
@@ -316,17 +318,18 @@ def _newton_place(
     blurred = _column_sums(view, plane, taps, reach, point_x, point_y, needed, JOINTS)
     blurred = blurred.to(tl.float64)
 
-    clipped = _any(needed & ((blurred >= LOW) == 0))  # the negation also holds for NaN
+    one = tl.full([JOINTS, 1], 1.0, tl.float64)
+    low = one * LOW  # a number that is only compared with would be rounded to float32
+    clipped = _any(needed & ((blurred >= low) == 0))  # the negation also holds for NaN
     if METHOD == "udp":
         clipped = clipped | (highest > HIGH)
     clipped = clipped & wanted
     if (known == 0) & (_anywhere(clipped) > 0):
         top = _blurred_maximum(view, plane, taps, reach, HOW, JOINTS, CHUNK)
         known = known + 1
-    one = tl.full([JOINTS, 1], 1.0, tl.float64)
     scale = tl.where(clipped, highest.to(tl.float64) / top.to(tl.float64), one)
     values = scale * blurred
-    values = tl.where(values < LOW, one * LOW, values)  # NaN stays
+    values = tl.where(values < low, low, values)  # NaN stays
     if METHOD == "udp":
         values = tl.where(values > HIGH, one * HIGH, values)
     log = tl.log(tl.where(needed, values, one))
@@ -541,8 +544,8 @@ def decode_kernel(
     score = tl.where(lost, float("nan"), score)
     at = image.to(tl.int64) * count + joint
     _write(
-        coords, scores, at, own, x, y, score, visible, matrix + image * 6, origin_x, origin_y,
-        MARK, MATRIX, TRUNCATE,
+        coords, scores, at, own, x, y, score, visible, matrix + image.to(tl.int64) * 6,
+        origin_x, origin_y, MARK, MATRIX, TRUNCATE,
     )  # fmt: skip
 
 
@@ -654,6 +657,6 @@ def topk_kernel(
         score = tl.where(lost, float("nan"), score)
         at = (image.to(tl.int64) * count + joint) * k + n
         _write(
-            coords, scores, at, own, x, y, score, found, matrix + image * 6, origin_x, origin_y,
-            MARK, MATRIX, TRUNCATE,
+            coords, scores, at, own, x, y, score, found, matrix + image.to(tl.int64) * 6,
+            origin_x, origin_y, MARK, MATRIX, TRUNCATE,
         )  # fmt: skip
