@@ -168,10 +168,13 @@ class Verification:
         allowed = (
             f"{_HIGH:g} relative" if fixed else f"twice that of eager {_name(self.arithmetic)}"
         )
-        return (
+        footer = (
             f"Error against float64; allowed: {allowed}. Shift: of heatmap maxima, in heatmap\n"
             "pixels; one may move only where float64 does not decide between the two cells."
         )
+        if any(output.name == "['coords']" for output in self.outputs):
+            footer += "\nCoords and scores against what the reference decodes of these heatmaps."
+        return footer
 
 
 class VerificationError(RuntimeError):

@@ -71,6 +71,7 @@ def test_it_decodes_what_the_network_would_return(method: str, precision: str) -
     assert coords.shape == (2, 5, 2)
     verification = hgfast.verify(model, keypoints, x)
     assert verification.ok, str(verification)
+    assert "Coords and scores against what the reference decodes" in str(verification)
     assert [output.name for output in verification.outputs] == [
         "['heatmaps']", "['coords']", "['scores']",
     ]  # fmt: skip
