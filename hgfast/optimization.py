@@ -18,7 +18,6 @@ from hgfast.decoding import decode as decode_heatmaps
 from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.region import DISABLE, Forward, Notices, Region, regions_of
-from hgfast.reporting import Skipped
 from hgfast.trace import TraceError
 
 PRECISIONS = ("highest", "high", "medium")
@@ -32,6 +31,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 class OptimizationError(RuntimeError):
     """Nothing could be replaced, and ``strict=True`` asked for an error in that case."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that was left as it is, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hgfast._table import render
+from hgfast.optimization import Skipped, decode_of, optimization_of
 from hgfast.region import regions_of
 
 
@@ -18,14 +19,6 @@ class Replaced:
     kind: str
     backend: str
     region: str
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A module that was left as it is, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -79,9 +72,6 @@ def report(fast: nn.Module) -> Report:
     Backends are those of this moment: a model that was moved or cast since is described as it
     is now. For a model that was never optimised the report is empty and says so.
     """
-    # They import this module's rows.
-    from hgfast.optimization import decode_of, optimization_of
-
     optimization = optimization_of(fast)
     if optimization is None:
         return Report()

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from hgfast._table import render
 from hgfast.decoding.dispatch import decode_by_reference
 from hgfast.metrics import pck
+from hgfast.optimization import decode_of, precision_of, without_kernels
 
 PRECISIONS: Final = ("highest", "high", "medium")
 
@@ -245,7 +246,7 @@ def verify(
     arithmetic = _arithmetic(own, of_fast, precision)
 
     eager = _run(_eager_copy(model), inputs)  # first: wrong inputs get eager's own error
-    decoding = _decoding_of(fast)
+    decoding = decode_of(fast)
     given = _run(
         _in_eval_mode(fast),
         inputs if of_fast is own else _cast(inputs, of_fast),
@@ -271,8 +272,6 @@ def verify(
 
 
 def _precision_of(fast: nn.Module, inputs: Sequence[Any]) -> str:
-    from hgfast.optimization import precision_of
-
     return precision_of(fast) or ("medium" if _dtype(fast, inputs) in _HALF else "highest")
 
 
@@ -342,8 +341,6 @@ def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> Sequence[Any]:
 
 
 def _eager_copy(model: nn.Module) -> nn.Module:
-    from hgfast.optimization import without_kernels
-
     model = without_kernels(copy.deepcopy(model))
     model.eval()  # on a line of its own: some networks' eval() returns nothing
     return model
@@ -358,12 +355,6 @@ def _in_eval_mode(module: nn.Module) -> nn.Module:
 
 
 # --- Models that decode ---
-
-
-def _decoding_of(fast: nn.Module) -> dict[str, Any] | None:
-    from hgfast.optimization import decode_of
-
-    return decode_of(fast)
 
 
 def _last(heatmaps: Any) -> dict[str, Any]:
