@@ -63,10 +63,10 @@ bool blurs_around(const DecodeParams& p) {
   return p.method == Method::dark || p.method == Method::udp;
 }
 
-// The logarithm of the blurred map around a cell, for dark and udp.
-class Sharp {
+// The Newton step on the logarithm of the blurred map, for dark and udp.
+class Newton {
  public:
-  Sharp(const DecodeParams& p, Scratch& scratch)
+  Newton(const DecodeParams& p, Scratch& scratch)
       : p_(p),
         window_(p, 5, 5, scratch),
         whole_(p, blurs_around(p) ? p.height : 0, p.width, scratch) {}
@@ -149,8 +149,8 @@ class Sharp {
 
 template <class T>
 Place refine(const DecodeParams& p, const Heatmap<T>& map, const Peak& highest, int64_t x,
-             int64_t y, Sharp& sharp) {
-  if (blurs_around(p)) return sharp.refine(map, highest, x, y);
+             int64_t y, Newton& newton) {
+  if (blurs_around(p)) return newton.refine(map, highest, x, y);
   Place place{static_cast<double>(x), static_cast<double>(y)};
   if (p.method == Method::argmax) return place;
 
@@ -195,11 +195,11 @@ void write(const DecodeParams& p, int64_t image, int64_t index, Place at, float 
 
 template <class T>
 void write_joint(const DecodeParams& p, const Heatmap<T>& map, const Peak& peak, int64_t image,
-                 int64_t joint, Sharp& sharp) {
-  sharp.begin_map();
+                 int64_t joint, Newton& newton) {
+  newton.begin_map();
   const double mark = mark_of(p.method);
   Place place{mark, mark};
-  if (peak.value > 0) place = refine(p, map, peak, peak.x, peak.y, sharp);
+  if (peak.value > 0) place = refine(p, map, peak, peak.x, peak.y, newton);
   write(p, image, image * p.joints + joint, place, peak.value);
 }
 
@@ -262,9 +262,9 @@ class Ranking {
 };
 
 void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image, int64_t joint,
-                 Ranking& ranking, Sharp& sharp) {
+                 Ranking& ranking, Newton& newton) {
   const Peak highest = find_peak(map);
-  sharp.begin_map();
+  newton.begin_map();
   ranking.clear();
   if (highest.value > 0) ranking.rank(map, p.window);
   const double mark = mark_of(p.method);
@@ -272,7 +272,7 @@ void write_peaks(const DecodeParams& p, const Heatmap<float>& map, int64_t image
   for (int64_t i = 0; i < p.k; ++i) {
     if (i < ranking.count()) {
       const Peak peak = ranking[i];
-      write(p, image, first + i, refine(p, map, highest, peak.x, peak.y, sharp), peak.value);
+      write(p, image, first + i, refine(p, map, highest, peak.x, peak.y, newton), peak.value);
     } else {
       write(p, image, first + i, {mark, mark}, highest.value == highest.value ? 0 : kNan);
     }
@@ -377,7 +377,7 @@ class Worker {
         planes_(scratch.take<float>(compares_in_place(p) ? 0 : joints_together(p) * plane_size_)),
         mirrored_(scratch.take<float>(p.flipped.data ? joints_together(p) * plane_size_ : 0)),
         spare_(scratch.take<float>(p.flipped.data ? plane_size_ : 0)),
-        sharp_(p, scratch),
+        newton_(p, scratch),
         blur_(p, p.method == Method::megvii ? p.height : 0, p.width, scratch),
         ranking_(p, scratch) {}
 
@@ -398,7 +398,7 @@ class Worker {
         find_peaks<kTogether>(heatmap<T>(p_.maps, image, first), count, peaks);
         for (int64_t i = 0; i < count; ++i)
           write_joint(p_, heatmap<T>(p_.maps, image, first + i), peaks[i], image, first + i,
-                      sharp_);
+                      newton_);
       } else {
         several<T>(image, first, count);
       }
@@ -419,7 +419,7 @@ class Worker {
     } else if (!map.dense()) {
       decode(gather(map, planes_), image, joint);
     } else if (from_cell(p_)) {
-      write_joint(p_, map, find_peak(map), image, joint, sharp_);
+      write_joint(p_, map, find_peak(map), image, joint, newton_);
     } else {
       decode(as_floats(map, planes_), image, joint);
     }
@@ -450,13 +450,13 @@ class Worker {
 
   void decode(const Heatmap<float>& map, int64_t image, int64_t joint) {
     if (p_.k) {
-      write_peaks(p_, map, image, joint, ranking_, sharp_);
+      write_peaks(p_, map, image, joint, ranking_, newton_);
     } else if (p_.method == Method::megvii) {
       write_megvii(p_, map, image, joint, blur_);
     } else if (p_.method == Method::softargmax) {
       write_softargmax(p_, map, image, joint);
     } else {
-      write_joint(p_, map, find_peak(map), image, joint, sharp_);
+      write_joint(p_, map, find_peak(map), image, joint, newton_);
     }
   }
 
@@ -478,7 +478,7 @@ class Worker {
   const DecodeParams& p_;
   int64_t plane_size_;
   float *planes_, *mirrored_, *spare_;
-  Sharp sharp_;
+  Newton newton_;
   Blur blur_;
   Ranking ranking_;
 };
