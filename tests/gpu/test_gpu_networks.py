@@ -145,6 +145,22 @@ def test_changed_weights_are_followed() -> None:
 
 @needs_kernels
 @pytest.mark.usefixtures("on_the_kernels")
+@pytest.mark.parametrize("method", ["quarter", "dark"])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=lambda dtype: str(dtype)[6:])
+def test_a_model_that_decodes(method: str, dtype: torch.dtype) -> None:
+    model = small_network().to(dtype)
+    fast = hgfast.optimize(model, precision="medium", strict=True, decode=method)
+    x = image(2, 64, 64, dtype)
+    check(model, fast, x)
+    with torch.inference_mode():
+        heatmaps, (coords, scores) = fast.forward.both(x)
+    assert heatmaps.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+    assert coords.shape == (*scores.shape, 2)
+    assert coords.device.type == scores.device.type == DEVICE.type
+
+
+@needs_kernels
+@pytest.mark.usefixtures("on_the_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=lambda dtype: str(dtype)[6:])
 def test_blocks_of_a_small_network_are_all_in_the_kernels(dtype: torch.dtype) -> None:
     model = small_network().to(dtype)
