@@ -8,6 +8,7 @@ line what is wrong and what to do about it.
 import importlib
 import importlib.machinery
 import mmap
+import os
 import re
 import threading
 from pathlib import Path
@@ -16,6 +17,9 @@ from types import ModuleType
 import torch  # first: the module finds torch's libraries already in the process
 
 from hgfast._version import __version__
+
+#: The environment variable that switches everything off; asked for at every call.
+DISABLE = "HGFAST_DISABLE"
 
 _FOLDER = Path(__file__).resolve().parent
 _BUILT_FOR = re.compile(rb"hgfast was built for torch=([\w.+-]+);")  # csrc/build_info.cpp
@@ -41,6 +45,11 @@ def load() -> ModuleType | None:
                 reason = f"no compiled kernels: {trouble}. {_remedy()}" if trouble else None
                 _tried = True
     return _module
+
+
+def is_disabled() -> bool:
+    """Whether plain PyTorch is to run in place of every kernel."""
+    return os.environ.get(DISABLE, "0") not in ("", "0")
 
 
 def built_for(file: Path) -> str | None:

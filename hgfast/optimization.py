@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hgfast import _native
 from hgfast._warnings import HgfastWarning
 from hgfast.decoding import decode as decode_heatmaps
 from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
-from hgfast.region import DISABLE, Forward, Notices, Region, regions_of
+from hgfast.region import Forward, Notices, Region, regions_of
 from hgfast.trace import TraceError
 
 PRECISIONS = ("highest", "high", "medium")
@@ -157,8 +157,8 @@ def _replace(
     without_kernels(target)
     if decoding is not None:
         Forward(target, decoding).install()
-    if os.environ.get(DISABLE, "0") not in ("", "0"):
-        optimization.skipped.append(Skipped("", f"{DISABLE} is set"))
+    if _native.is_disabled():
+        optimization.skipped.append(Skipped("", f"{_native.DISABLE} is set"))
         target.__dict__[_ATTRIBUTE] = optimization
         return
 

@@ -11,7 +11,6 @@ the module's class runs instead: the answer is always the one eager would give.
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
@@ -31,8 +30,6 @@ from hgfast.plan import Plan, Step, fill_outputs
 from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import TraceError
-
-DISABLE = "HGFAST_DISABLE"
 
 #: What a Watch finds, by number (csrc/watch.cpp), and which findings mean eager for this call.
 _FINDINGS = ("none", "structure", "hook", "training", "gradient", "weights")
@@ -267,8 +264,8 @@ class Region(Forward):
 
     def _obstacle(self, state: _State, inputs: tuple[Any, ...]) -> str | None:
         """Why this call cannot take the fast path, as far as the call itself tells."""
-        if os.environ.get(DISABLE, "0") not in ("", "0"):
-            return f"{DISABLE} is set"
+        if _native.is_disabled():
+            return f"{_native.DISABLE} is set"
         if state.device_type and torch.is_autocast_enabled(state.device_type):
             return "autocast is enabled"
         if (

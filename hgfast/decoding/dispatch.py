@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from hgfast import ops
+from hgfast import _native, ops
 from hgfast.decoding import cuda, reference
 from hgfast.decoding.options import Flip, GlobalTopK, TopK, Transform
 from hgfast.decoding.reference import CELL_METHODS, METHODS
@@ -180,7 +179,7 @@ def _checked(
 
 
 def _has_kernel(maps: Tensor) -> bool:
-    if maps.dtype not in _NATIVE_DTYPES or os.environ.get("HGFAST_DISABLE", "0") not in ("", "0"):
+    if maps.dtype not in _NATIVE_DTYPES or _native.is_disabled():
         return False
     device = maps.device.type
     return ops.is_available() and (device == "cpu" or (device == "cuda" and cuda.HAS_TRITON))
