@@ -9,12 +9,13 @@ figure in the paper: one line per block, indented by resolution.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A dense 2-D convolution with zero padding. ``channels`` is (in, out)."""
+    """A 2-D convolution with zero padding, or the transposed one. ``channels`` is (in, out)."""
 
     weight: str
     bias: str | None
@@ -42,6 +43,10 @@ class Convolution:
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, int] = (0, 0)  # of the transposed one
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -55,18 +60,56 @@ class Convolution:
         batch, channels, *size = x
         if channels != self.channels[0]:
             raise ValueError(f"{self.name} expects {self.channels[0]} channels, got {tuple(x)}")
-        height, width = (
-            (n + 2 * pad - kernel) // stride + 1
-            for n, pad, kernel, stride in zip(
-                size, self.padding, self.kernel_size, self.stride, strict=True
+        if self.transposed:
+            height, width = (
+                (n - 1) * self.stride[i] - 2 * self.padding[i] + self._reach[i] + extra
+                for i, (n, extra) in enumerate(zip(size, self.output_padding, strict=True))
             )
-        )
+        else:
+            height, width = (
+                _windows(n, self._reach[i], self.stride[i], self.padding[i])
+                for i, n in enumerate(size)
+            )
         if min(height, width) < 1:
             raise ValueError(f"{self.name} cannot slide over an input of shape {tuple(x)}")
         return batch, self.channels[1], height, width
 
     def flops(self, x: Shape) -> int:
-        return 2 * prod(self.kernel_size) * self.channels[0] * prod(self.shape(x))
+        pixels = prod(x[2:]) if self.transposed else prod(self.shape(x)[2:])
+        taps = prod(self.kernel_size) * prod(self.channels) // self.groups
+        return 2 * x[0] * pixels * taps
+
+    @property
+    def is_pointwise(self) -> bool:
+        """1x1 with stride 1: the same linear map at every pixel."""
+        return self._is((1, 1), (0, 0))
+
+    @property
+    def is_same_3x3(self) -> bool:
+        """3x3 with stride 1 that keeps the size."""
+        return self._is((3, 3), (1, 1))
+
+    def _is(self, kernel_size: tuple[int, int], padding: tuple[int, int]) -> bool:
+        return (
+            (self.kernel_size, self.padding, self.stride) == (kernel_size, padding, (1, 1))
+            and self.dilation == (1, 1)
+            and self.groups == 1
+            and not self.transposed
+        )
+
+    @property
+    def _reach(self) -> tuple[int, int]:
+        """Pixels from a window's first to its last, both counted."""
+        (height, width), (down, across) = self.kernel_size, self.dilation
+        return (height - 1) * down + 1, (width - 1) * across + 1
+
+
+def _windows(n: int, reach: int, stride: int, padding: int, ceil_mode: bool = False) -> int:
+    """How many windows fit along one side."""
+    beyond = n + 2 * padding - reach
+    count = -(-beyond // stride) + 1 if ceil_mode else beyond // stride + 1
+    # A last window that begins in the padding behind the map does not count.
+    return count - 1 if ceil_mode and (count - 1) * stride >= n + padding else count
 
 
 @dataclass(frozen=True)
@@ -85,6 +128,11 @@ class Step:
         return ()
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        """Qualified names of the parameters and buffers it uses."""
+        return tuple(name for part in self.parts for name in part.weights)
+
+    @property
     def title(self) -> str:
         """What the report and the listing call this step."""
         return self.kind
@@ -100,34 +148,49 @@ class Step:
 
 @dataclass(frozen=True)
 class Bottleneck(Step):
-    """Pre-activation bottleneck residual.
+    """A bottleneck residual, 1x1 - 3x3 - 1x1, in one of two orders.
 
-    ``conv3(relu(norm3(conv2(relu(norm2(conv1(relu(norm1(x)))))))) + shortcut(x)``, where the
-    shortcut is the identity or a 1x1 convolution. With a second input, that lower resolution
-    is upsampled (nearest, x2) and added: the upper branch of an hourglass, joined.
+    Before its convolutions (``preactivated``; He et al., arXiv:1603.05027)::
+
+        conv3(relu(norm3(conv2(relu(norm2(conv1(relu(norm1(x)))))))) + shortcut(x)
+
+    or behind them (He et al., arXiv:1512.03385), where a norm may be missing::
+
+        relu(norm3(conv3(relu(norm2(conv2(relu(norm1(conv1(x)))))))) + shortcut(x))
+
+    The shortcut is the identity or a 1x1 convolution, with a norm of its own or without. With a
+    second input, that lower resolution is upsampled (nearest, x2) and added: the upper branch of
+    an hourglass, joined.
     """
 
-    norms: tuple[Norm, Norm, Norm]
+    norms: tuple[Norm | None, Norm | None, Norm | None]
     convs: tuple[Convolution, Convolution, Convolution]
     project: Convolution | None
+    project_norm: Norm | None = None
+    preactivated: bool = True
 
     kind: ClassVar[str] = "bottleneck"
 
     @property
     def parts(self) -> tuple[Norm | Convolution, ...]:
-        chain = [part for pair in zip(self.norms, self.convs, strict=True) for part in pair]
-        return (*chain, self.project) if self.project else tuple(chain)
+        chain = [
+            part
+            for norm, conv in zip(self.norms, self.convs, strict=True)
+            for part in ((norm, conv) if self.preactivated else (conv, norm))
+        ]
+        return tuple(part for part in (*chain, self.project, self.project_norm) if part)
 
     @property
     def title(self) -> str:
-        return "bottleneck + upsample_add" if len(self.inputs) == 2 else "bottleneck"
+        name = "bottleneck" if self.preactivated else "bottleneck (post-activation)"
+        return f"{name} + upsample_add" if len(self.inputs) == 2 else name
 
     def shape(self, *inputs: Shape) -> Shape:
         shape = inputs[0]
         for conv in self.convs:
             shape = conv.shape(shape)
         if len(inputs) == 2:
-            _check_join(self.name, inputs[1], shape)
+            _check_join(self.name, inputs[1], shape, 2)
         return shape
 
     def flops(self, *inputs: Shape) -> int:
@@ -143,12 +206,14 @@ class Conv(Step):
     """A convolution with what surrounds it.
 
     ``act(norm_after(conv(relu(norm_before(x))))) [+ second input]``; ``act`` is ReLU if ``relu``.
+    With ``relu_sum`` another ReLU follows the sum.
     """
 
     norm_before: Norm | None
     conv: Convolution
     norm_after: Norm | None
     relu: bool
+    relu_sum: bool = False
 
     kind: ClassVar[str] = "conv"
 
@@ -158,11 +223,21 @@ class Conv(Step):
 
     @property
     def title(self) -> str:
-        before = "norm-relu-" if self.norm_before else ""
-        kernel, stride = self.conv.kernel_size, self.conv.stride[0]
-        after = ("-norm" if self.norm_after else "") + ("-relu" if self.relu else "")
-        size = f"{kernel[0]}x{kernel[1]}" + (f"/{stride}" if stride > 1 else "")
-        return f"{before}conv {size}{after}" + (" + add" if len(self.inputs) == 2 else "")
+        conv = self.conv
+        height, width = conv.kernel_size
+        notes = [
+            "norm-relu-" if self.norm_before else "",
+            "deconv" if conv.transposed else "conv",
+            f" {height}x{width}",
+            f"/{conv.stride[0]}" if conv.stride != (1, 1) else "",
+            f" dilated {conv.dilation[0]}" if conv.dilation != (1, 1) else "",
+            f" in {conv.groups} groups" if conv.groups > 1 else "",
+            "-norm" if self.norm_after else "",
+            "-relu" if self.relu else "",
+            " + add" if len(self.inputs) == 2 else "",
+            "-relu" if self.relu_sum else "",
+        ]
+        return "".join(notes)
 
     def shape(self, *inputs: Shape) -> Shape:
         shape = self.conv.shape(inputs[0])
@@ -174,46 +249,272 @@ class Conv(Step):
 
 
 @dataclass(frozen=True)
-class MaxPool(Step):
-    """2x2 maximum with stride 2; an odd last row or column is dropped."""
+class Remerge(Step):
+    """Features and heatmaps on their way into the next stack, as one linear map per pixel.
 
-    kind: ClassVar[str] = "max_pool"
+    ``direct(x) + behind(before(x)) [+ second input]``, all three of them 1x1 convolutions: the
+    same as one with the weight ``direct + behind @ before``.
+    """
+
+    direct: Convolution
+    before: Convolution
+    behind: Convolution
+
+    kind: ClassVar[str] = "remerge"
+
+    @property
+    def parts(self) -> tuple[Norm | Convolution, ...]:
+        return self.direct, self.before, self.behind
 
     def shape(self, *inputs: Shape) -> Shape:
-        batch, channels, height, width = inputs[0]
-        if min(height, width) < 2:
-            raise ValueError(f"pooling needs at least 2x2 pixels, got {tuple(inputs[0])}")
-        return batch, channels, height // 2, width // 2
+        shape = self.direct.shape(inputs[0])
+        _check_equal(self.name, shape, self.behind.shape(self.before.shape(inputs[0])), *inputs[1:])
+        return shape
+
+    def flops(self, *inputs: Shape) -> int:
+        """Without ``before``, which computes the heatmaps in a step of its own."""
+        return self.direct.flops(inputs[0]) + self.behind.flops(self.before.shape(inputs[0]))
+
+
+@dataclass(frozen=True)
+class Pool(Step):
+    """Maximum ("max") or mean ("avg") over windows, as PyTorch's ``max_pool2d``, ``avg_pool2d``."""
+
+    mode: str
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    kind: ClassVar[str] = "pool"
+
+    @property
+    def is_half(self) -> bool:
+        """2x2 with stride 2: the descent of an hourglass."""
+        plain = (self.kernel_size, self.stride, self.padding) == ((2, 2), (2, 2), (0, 0))
+        return plain and not self.ceil_mode
+
+    @property
+    def title(self) -> str:
+        if self.is_half:
+            return f"{self.mode}_pool"
+        (height, width), stride = self.kernel_size, self.stride[0]
+        return f"{self.mode}_pool {height}x{width}/{stride}"
+
+    def shape(self, *inputs: Shape) -> Shape:
+        batch, channels, *size = inputs[0]
+        height, width = (
+            _windows(n, self.kernel_size[i], self.stride[i], self.padding[i], self.ceil_mode)
+            for i, n in enumerate(size)
+        )
+        if min(height, width) < 1:
+            (down, across), found = self.kernel_size, tuple(inputs[0])
+            raise ValueError(f"pooling needs at least {down}x{across} pixels, got {found}")
+        return batch, channels, height, width
 
 
 @dataclass(frozen=True)
 class UpsampleAdd(Step):
-    """The first input (low) upsampled x2 by nearest neighbour, plus the second (skip)."""
+    """The last input (skip) plus each of the others (low), enlarged by its factor.
+
+    Upsampling is by nearest neighbour. One map and factor 2: the join of an hourglass; several,
+    and a ReLU behind the sum: the fusion of resolutions in HRNet (Sun et al., arXiv:1902.09212).
+    """
+
+    factors: tuple[int, ...] = (2,)
+    relu: bool = False
 
     kind: ClassVar[str] = "upsample_add"
 
+    @property
+    def title(self) -> str:
+        factors = "" if self.factors == (2,) else " x" + ",".join(map(str, self.factors))
+        return f"upsample_add{factors}" + ("-relu" if self.relu else "")
+
     def shape(self, *inputs: Shape) -> Shape:
-        low, skip = inputs
-        _check_join(self.name, low, skip)
+        *lows, skip = inputs
+        for low, factor in zip(lows, self.factors, strict=True):
+            _check_join(self.name, low, skip, factor)
         return skip
 
 
 @dataclass(frozen=True)
 class Add(Step):
-    """Elementwise sum of two values of equal shape."""
+    """Elementwise sum of two values of equal shape, then ReLU if ``relu``."""
+
+    relu: bool = False
 
     kind: ClassVar[str] = "add"
+
+    @property
+    def title(self) -> str:
+        return "add-relu" if self.relu else "add"
 
     def shape(self, *inputs: Shape) -> Shape:
         _check_equal(self.name, *inputs)
         return inputs[0]
 
 
-def _check_join(name: str, low: Shape, skip: Shape) -> None:
-    if skip != (low[0], low[1], 2 * low[2], 2 * low[3]):
+@dataclass(frozen=True)
+class Concat(Step):
+    """The inputs' channels one behind the other; with ``add``, plus the last input."""
+
+    add: bool = False
+
+    kind: ClassVar[str] = "concat"
+
+    @property
+    def title(self) -> str:
+        return "concat + add" if self.add else "concat"
+
+    def shape(self, *inputs: Shape) -> Shape:
+        parts = inputs[:-1] if self.add else inputs
+        _check_equal(self.name, *((n, 0, h, w) for n, _, h, w in parts))
+        batch, _, height, width = parts[0]
+        shape = batch, sum(part[1] for part in parts), height, width
+        if self.add:
+            _check_equal(self.name, shape, inputs[-1])
+        return shape
+
+
+@dataclass(frozen=True)
+class Plain(Step):
+    """One of PyTorch's own operations, which no kernel here makes faster.
+
+    ``op`` names it as the reference executor knows it. ``arguments`` are its keywords,
+    ``parameters`` those of them that are weights, by qualified name.
+    """
+
+    op: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    parameters: tuple[tuple[str, str], ...] = ()
+
+    kind: ClassVar[str] = "plain"
+
+    @property
+    def title(self) -> str:
+        return self.op
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self.parameters)
+
+    def shape(self, *inputs: Shape) -> Shape:
+        shape: Shape = _SHAPES.get(self.op, _same)(self, *inputs)
+        return shape
+
+
+def _same(step: Plain, *inputs: Shape) -> Shape:
+    """Of an elementwise operation: what the inputs broadcast to."""
+    rank = max(map(len, inputs))
+    sizes = zip(*(((1,) * (rank - len(x)) + tuple(x)) for x in inputs), strict=True)
+    result = []
+    for each in sizes:
+        wide = {size for size in each if size != 1} or {1}
+        if len(wide) > 1:
+            raise ValueError(
+                f"{step.name or step.op} combines values of different shapes: {inputs}"
+            )
+        result.append(wide.pop())
+    return tuple(result)
+
+
+def _upsampled(step: Plain, x: Shape, *like: Shape) -> Shape:
+    arguments = dict(step.arguments)
+    if like:
+        return (*x[:2], *like[0][2:])
+    if arguments["size"] is not None:
+        return (*x[:2], *arguments["size"])
+    scales = arguments["scale_factor"]
+    return (*x[:2], *(int(n * scale) for n, scale in zip(x[2:], scales, strict=True)))
+
+
+def _adaptive(step: Plain, x: Shape) -> Shape:
+    size = dict(step.arguments)["output_size"]
+    return (
+        *x[:2],
+        *(n if wanted is None else wanted for n, wanted in zip(x[2:], size, strict=True)),
+    )
+
+
+def _stacked(step: Plain, *inputs: Shape) -> Shape:
+    _check_equal(step.name, *inputs)
+    dim = dict(step.arguments)["dim"] % (len(inputs[0]) + 1)
+    return (*inputs[0][:dim], len(inputs), *inputs[0][dim:])
+
+
+def _joined(step: Plain, *inputs: Shape) -> Shape:
+    dim = dict(step.arguments)["dim"] % len(inputs[0])
+    _check_equal(step.name, *((*x[:dim], 0, *x[dim + 1 :]) for x in inputs))
+    return (*inputs[0][:dim], sum(x[dim] for x in inputs), *inputs[0][dim + 1 :])
+
+
+def _permuted(step: Plain, x: Shape) -> Shape:
+    dims = dict(step.arguments)["dims"]
+    if len(dims) != len(x):
+        raise ValueError(f"{step.name or step.op} permutes {len(dims)} dimensions, got {tuple(x)}")
+    return tuple(x[dim] for dim in dims)
+
+
+def _flattened(step: Plain, x: Shape) -> Shape:
+    arguments = dict(step.arguments)
+    first, last = arguments["start_dim"] % len(x), arguments["end_dim"] % len(x)
+    return (*x[:first], prod(x[first : last + 1]), *x[last + 1 :])
+
+
+def _reduced(step: Plain, x: Shape) -> Shape:
+    arguments = dict(step.arguments)
+    dims = {dim % len(x) for dim in arguments["dim"]}
+    if arguments["keepdim"]:
+        return tuple(1 if i in dims else n for i, n in enumerate(x))
+    return tuple(n for i, n in enumerate(x) if i not in dims)
+
+
+def _chunked(step: Plain, x: Shape) -> Shape:
+    arguments = dict(step.arguments)
+    dim = arguments["dim"] % len(x)
+    each = -(-x[dim] // arguments["chunks"])
+    size = min(each, x[dim] - each * arguments["index"])
+    if size < 1:
+        raise ValueError(f"{step.name or step.op} cannot cut {tuple(x)} into so many pieces")
+    return (*x[:dim], size, *x[dim + 1 :])
+
+
+def _padded(step: Plain, x: Shape) -> Shape:
+    pad = dict(step.arguments)["pad"]
+    sizes = list(x)
+    for i in range(len(pad) // 2):
+        sizes[-1 - i] += pad[2 * i] + pad[2 * i + 1]
+    return tuple(sizes)
+
+
+def _shuffled(step: Plain, x: Shape) -> Shape:
+    factor = dict(step.arguments)["upscale_factor"]
+    return x[0], x[1] // factor**2, x[2] * factor, x[3] * factor
+
+
+#: Shape rules of the plain operations that are not elementwise.
+_SHAPES: dict[str, Any] = {
+    "upsample": _upsampled,
+    "adaptive_avg_pool2d": _adaptive,
+    "adaptive_max_pool2d": _adaptive,
+    "stack": _stacked,
+    "concat": _joined,
+    "permute": _permuted,
+    "flatten": _flattened,
+    "mean": _reduced,
+    "chunk": _chunked,
+    "pad": _padded,
+    "pixel_shuffle": _shuffled,
+}
+
+
+def _check_join(name: str, low: Shape, skip: Shape, factor: int) -> None:
+    if skip != (low[0], low[1], factor * low[2], factor * low[3]):
         raise ValueError(
-            f"{name or 'upsample_add'} joins {low} upsampled x2 with {skip}: the shapes differ "
-            f"(are the image's height and width multiples of the network's stride?)"
+            f"{name or 'upsample_add'} joins {low} upsampled x{factor} with {skip}: the shapes "
+            f"differ (are the image's height and width multiples of the network's stride?)"
         )
 
 
@@ -223,22 +524,75 @@ def _check_equal(name: str, *shapes: Shape) -> None:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A condition on the sizes of a Plan's inputs, or a number that one is made of.
+
+    ``sign`` is a comparison or arithmetic sign between two operands, numbers or Guards; or
+    "size", of (input, dimension).
+    """
+
+    sign: str
+    operands: tuple[Any, Any]
+
+    def value(self, *inputs: Sequence[int]) -> Any:
+        """What it comes to for inputs of these shapes."""
+        a, b = self.operands
+        if self.sign == "size":
+            return inputs[a][b]
+        a, b = (item.value(*inputs) if isinstance(item, Guard) else item for item in self.operands)
+        return _SIGNS[self.sign](a, b)
+
+    def __str__(self) -> str:
+        a, b = self.operands
+        if self.sign == "size":
+            return f"size {b} of input {a}" if a else f"size {b} of its input"
+        return f"{a} {self.sign} {b}"
+
+
+_SIGNS: dict[str, Any] = {
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul},
+    **{"%": operator.mod, "//": operator.floordiv},
+    **{"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le},
+    **{">": operator.gt, ">=": operator.ge},
+}
+
+
+#: How the listing indents: in by a pooling, out by a join.
+_LEVELS = {"pool": 1, "upsample_add": -1}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps that people know under one name: a residual block, a fuse layer, a head.
+
+    ``name`` is the qualified name of the module that holds them, ``steps`` are their outputs.
+    """
+
+    name: str
+    kind: str
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Steps in an order of execution.
 
     ``outputs`` is the module's own container (nested lists, tuples, dicts) with value numbers
-    as leaves. ``input_shapes`` are the only shapes it holds for, or None if it holds for any.
+    as leaves. ``input_shapes`` are the only shapes it holds for, or None if it holds for any that
+    the ``guards`` (what the module itself asserts) allow. ``blocks`` are names for groups of steps, for the report; steps are what is run.
     """
 
     inputs: tuple[int, ...]
     steps: tuple[Step, ...]
     outputs: Any
     input_shapes: tuple[tuple[int, ...], ...] | None = None
+    blocks: tuple[Block, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
     @property
     def weights(self) -> tuple[str, ...]:
         """Qualified names of every parameter and buffer the steps use, each once."""
-        names = [name for step in self.steps for part in step.parts for name in part.weights]
+        names = [name for step in self.steps for name in step.weights]
         return tuple(dict.fromkeys(names))
 
     def shapes(self, *inputs: Sequence[int]) -> dict[int, Shape]:
@@ -247,15 +601,21 @@ class Plan:
         Raises:
             ValueError: a step cannot take what reaches it; the message names the step.
         """
+        self.check(*inputs)
         shapes: dict[int, Shape] = {}
         for value, shape in zip(self.inputs, inputs, strict=True):
             if len(shape) != 4:
                 raise ValueError(f"expected an input of shape (B, C, H, W), got {tuple(shape)}")
-            batch, channels, height, width = shape
-            shapes[value] = (batch, channels, height, width)
+            shapes[value] = tuple(shape)
         for step in self.steps:
             shapes[step.output] = step.shape(*(shapes[value] for value in step.inputs))
         return shapes
+
+    def check(self, *inputs: Sequence[int]) -> None:
+        """Raise ValueError where the module asserts something that these shapes do not meet."""
+        for guard in self.guards:
+            if not guard.value(*inputs):
+                raise ValueError(f"its forward asserts that {guard}")
 
     def flops(self, *inputs: Sequence[int]) -> int:
         """Floating-point operations in all convolutions for inputs of these shapes."""
@@ -278,16 +638,15 @@ class Plan:
             if step.output in needed:
                 needed.update(step.inputs)
                 steps.append(step)
-        return replace(self, steps=tuple(reversed(steps)), outputs=outputs)
+        made = {step.output for step in steps}
+        blocks = tuple(block for block in self.blocks if made.issuperset(block.steps))
+        return replace(self, steps=tuple(reversed(steps)), outputs=outputs, blocks=blocks)
 
     def __str__(self) -> str:
         level = dict.fromkeys(self.inputs, 0)
         lines = []
         for step in self.steps:
-            # An hourglass shows as indentation: in by a pooling, out by a join.
-            level[step.output] = level[step.inputs[0]] + {"max_pool": 1, "upsample_add": -1}.get(
-                step.kind, 0
-            )
+            level[step.output] = level[step.inputs[0]] + _LEVELS.get(step.kind, 0)
             sources = " ".join(f"v{value}" for value in step.inputs)
             indent = "  " * max(level[step.output], 0)
             lines.append(f"{indent}v{step.output} = {step.title} ({sources})  {step.name}".rstrip())

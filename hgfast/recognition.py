@@ -5,12 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hgfast.patterns import read_plan
-from hgfast.plan import Plan
+from hgfast.plan import Bottleneck, Conv, Plan, Remerge, Step, UpsampleAdd
 from hgfast.trace import TraceError, trace, trace_with_example
-
-#: Steps that make a Plan worth running: a lone convolution gains nothing over PyTorch's.
-FUSED = frozenset({"bottleneck", "upsample_add"})
-
 
 def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> Plan:
     """Read what ``module`` computes at inference as a Plan.
@@ -31,9 +27,17 @@ def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> P
         if example is None:
             raise
         plan = read_plan(trace_with_example(module, example), _shapes(module))
-    if not any(step.kind in FUSED for step in plan.steps):
+    if not any(map(_is_fused, plan.steps)):
         raise TraceError("it has no block that could be fused")
     return plan
+
+
+def _is_fused(step: Step) -> bool:
+    """Whether a step does more than one of PyTorch's operations: a lone one gains nothing."""
+    if isinstance(step, Conv):
+        around = step.norm_before, step.norm_after, step.relu, step.relu_sum
+        return any(around) or len(step.inputs) > 1
+    return isinstance(step, (Bottleneck, UpsampleAdd, Remerge))
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

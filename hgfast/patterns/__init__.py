@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hgfast.patterns import add, bottleneck, conv, max_pool, upsample_add
+from hgfast.patterns import (
+    add,
+    blocks,
+    bottleneck,
+    concat,
+    conv,
+    plain,
+    pool,
+    remerge,
+    upsample_add,
+)
 from hgfast.patterns.match import Draft, Reader
 from hgfast.plan import Plan
 from hgfast.trace import Graph, Node, TraceError
@@ -18,9 +28,12 @@ from hgfast.trace import Graph, Node, TraceError
 PATTERNS: tuple[Callable[[Reader, Node], Draft | None], ...] = (
     upsample_add.match,
     bottleneck.match,
+    remerge.match,
+    concat.match,
     conv.match,
-    max_pool.match,
+    pool.match,
     add.match,
+    plain.match,
 )
 
 
@@ -58,4 +71,6 @@ def read_plan(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Plan:
         steps=steps,
         outputs=reader.outputs_as(numbers),
         input_shapes=graph.input_shapes,
+        blocks=blocks.name_blocks(steps),
+        guards=graph.guards,
     )

@@ -10,4 +10,8 @@ from hgfast.trace import Node
 
 
 def match(reader: Reader, node: Node) -> Draft | None:
-    return Draft(node.inputs, partial(Add, name=node.module)) if node.op == "add" else None
+    relu = node.op == "relu" and reader.only_use(node.inputs[0])
+    total = node.inputs[0] if relu else node
+    if total.op != "add":
+        return None
+    return Draft(total.inputs, partial(Add, name=node.module, relu=relu))

@@ -35,12 +35,17 @@ class Reader:
         return self.users[node] == 1
 
     def convolution(self, node: Node) -> Convolution | None:
-        """A plain dense convolution, or None."""
-        if node.op != "conv2d" or node["groups"] != 1 or node["dilation"] != (1, 1):
+        """A convolution, transposed or not, or None."""
+        transposed = node.op == "conv_transpose2d"
+        if not transposed and node.op != "conv2d":
             return None
         if node["weight"] not in self._shapes or min(node["padding"]) < 0:
             return None  # a weight that is no parameter or buffer: nothing could follow it
         out, into, *kernel = self._shapes[node["weight"]]
+        if transposed:
+            out, into = into * node["groups"], out
+        else:
+            into *= node["groups"]
         height, width = kernel
         return Convolution(
             node["weight"],
@@ -49,15 +54,34 @@ class Reader:
             (height, width),
             node["stride"],
             node["padding"],
+            node["dilation"],
+            node["groups"],
+            transposed,
+            node["output_padding"] if transposed else (0, 0),
         )
 
     def pointwise(self, node: Node) -> Convolution | None:
         """A 1x1 convolution with stride 1, or None."""
         conv = self.convolution(node)
-        plain = (
-            conv and conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
-        )
-        return conv if plain else None
+        return conv if conv and conv.is_pointwise else None
+
+    def normed(self, node: Node) -> tuple[Convolution, Norm | None] | None:
+        """A convolution and the norm behind it, if there is one. Nobody else sees what is between.
+
+        Its input is ``self.source(node)``.
+        """
+        norm = self.norm(node)
+        if norm is not None:
+            node = node.inputs[0]
+            if not self.only_use(node):
+                return None
+        conv = self.convolution(node)
+        return (conv, norm) if conv else None
+
+    def source(self, node: Node) -> Node:
+        """What a convolution reads, or one with a norm behind it."""
+        conv = node.inputs[0] if node.op == "batch_norm" else node
+        return conv.inputs[0]
 
     def norm(self, node: Node) -> Norm | None:
         if node.op != "batch_norm":

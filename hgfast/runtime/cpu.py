@@ -1,15 +1,27 @@
-"""The CPU executor: a Plan, packed once, run by the compiled kernels in one call."""
+"""The CPU executor: a Plan, packed once, run by the compiled kernels in as few calls as can be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hgfast import _native
-from hgfast.plan import Bottleneck, Conv, Plan, Step, output_values
-from hgfast.runtime.folding import bottleneck_weights, conv_weights
+from hgfast.plan import (
+    Add,
+    Bottleneck,
+    Conv,
+    Plan,
+    Pool,
+    Remerge,
+    Step,
+    UpsampleAdd,
+    output_values,
+)
+from hgfast.runtime import plain
+from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 #: dtype of the arithmetic's operands for a float32 model, by precision. Sums are float32.
 #: "high" has no kernel of its own yet and runs as "highest".
@@ -30,8 +42,27 @@ def element_of(dtype: torch.dtype, precision: str) -> str:
     return "bfloat16" if dtype == torch.bfloat16 else ELEMENTS[precision]
 
 
+def has_kernel(step: Step) -> bool:
+    """Whether the compiled kernels take this step."""
+    if isinstance(step, Bottleneck):
+        return step.preactivated
+    if isinstance(step, Conv):
+        conv = step.conv
+        plain = conv.groups == 1 and not conv.transposed and conv.dilation == (1, 1)
+        return plain and not step.relu_sum
+    if isinstance(step, Pool):
+        return step.mode == "max" and step.is_half
+    if isinstance(step, UpsampleAdd):
+        return step.factors == (2,) and not step.relu
+    return isinstance(step, Remerge) or (isinstance(step, Add) and not step.relu)
+
+
 class CpuExecutor:
-    """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
+    """A Plan bound to one state of its weights. Immutable, safe to call from several threads.
+
+    The Plan is cut into runs of steps that have kernels; each is one native call. What lies
+    between them is PyTorch's.
+    """
 
     asynchronous = False
 
@@ -45,16 +76,16 @@ class CpuExecutor:
         native = _native.load()
         if native is None:
             raise RuntimeError(_native.reason)
-        dtype = next(iter(weights.values())).dtype
-        element = element_of(dtype, precision)
+        element = element_of(next(iter(weights.values())).dtype, precision)
+        self._plan = plan
+        self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
-        self._packed = native.CpuPlan(element)
+        self._dtype = getattr(torch, element)
         # Packing is no part of anybody's autograd graph, and inference tensors may be read.
         with torch.inference_mode():
-            for step in plan.steps:
-                self._pack(step, weights)
-        self._packed.finish(list(plan.inputs), self._outputs, as_computed)
-        self.backend = f"cpu {self._packed.path} {element}"
+            self._parts = self._cut(plan, weights, native, element)
+        path = native.CpuPlan(element).path
+        self.backend = f"cpu {path} {element}"
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.
@@ -62,23 +93,143 @@ class CpuExecutor:
         Raises:
             ValueError: a step cannot take what reaches it; the message names the step.
         """
-        return dict(zip(self._outputs, self._packed.run(inputs), strict=True))
+        if self._plan.guards:
+            self._plan.check(*(x.shape for x in inputs))
+        if len(self._parts) == 1 and isinstance(self._parts[0], _Native):
+            return self._parts[0].run(dict(zip(self._plan.inputs, inputs, strict=True)))
+        if not all(x.numel() for x in inputs):  # PyTorch's operations differ about empty ones
+            raise ValueError("an input is empty")
+        dtype, layout = inputs[0].dtype, torch.channels_last
+        if inputs[0].is_contiguous():
+            layout = torch.contiguous_format
+        values = dict(zip(self._plan.inputs, inputs, strict=True))
+        with torch.no_grad():
+            for part in self._parts:
+                values.update(part.run(values))
+                for number in part.dead:
+                    del values[number]
+            if self._as_computed:
+                return {number: values[number] for number in self._outputs}
+            return {n: _converted(values[n], dtype, layout) for n in self._outputs}
 
     def path(self, step: Step) -> str:
-        """What runs one step: the same for all."""
-        return self.backend
+        """What runs one step."""
+        return self.backend if has_kernel(step) else f"PyTorch {self._dtype}"
 
-    def _pack(self, step: Step, weights: Mapping[str, Tensor]) -> None:
+    def _cut(
+        self, plan: Plan, weights: Mapping[str, Tensor], native: Any, element: str
+    ) -> list[_Native | _Torch]:
+        """The Plan's steps in parts, each with the values that nobody needs behind it."""
+        groups: list[list[Step]] = []
+        for step in _gathered(plan.steps):
+            if groups and has_kernel(step) and has_kernel(groups[-1][-1]):
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+        needed, parts = set(self._outputs), []
+        whole = len(groups) == 1
+        for group in reversed(groups):
+            made = {step.output for step in group}
+            read = dict.fromkeys(n for s in group for n in s.inputs if n not in made)
+            dead = tuple(number for number in read if number not in needed)
+            if not has_kernel(group[0]):
+                parts.append(_Torch(group[0], weights, self._dtype, dead))
+            else:
+                inputs = list(plan.inputs) if whole else list(read)
+                outputs = self._outputs if whole else [n for n in sorted(made) if n in needed]
+                as_computed = self._as_computed or not whole
+                packed = _packed(native, element, group, weights, inputs, outputs, as_computed)
+                parts.append(_Native(packed, inputs, outputs, dead))
+            needed.update(read)
+        return parts[::-1]
+
+
+class _Native:
+    """Steps that are one call of the compiled kernels."""
+
+    def __init__(
+        self, packed: Any, inputs: list[int], outputs: list[int], dead: tuple[int, ...]
+    ) -> None:
+        self._packed, self._inputs, self._outputs, self.dead = packed, inputs, outputs, dead
+
+    def run(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        results = self._packed.run([values[number] for number in self._inputs])
+        return dict(zip(self._outputs, results, strict=True))
+
+
+class _Torch:
+    """One step in PyTorch."""
+
+    def __init__(
+        self, step: Step, weights: Mapping[str, Tensor], dtype: torch.dtype, dead: tuple[int, ...]
+    ) -> None:
+        self._step, self._dtype, self.dead = step, dtype, dead
+        self._run, _ = plain.bind(step, weights, dtype)
+
+    def run(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        inputs = (
+            _converted(values[n], self._dtype, torch.channels_last) for n in self._step.inputs
+        )
+        try:
+            return {self._step.output: self._run(*inputs)}
+        except RuntimeError as error:
+            raise ValueError(f"{self._step.name or self._step.title}: {error}") from error
+
+
+def _converted(x: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    if x.dim() != 4:
+        return x.to(dtype).contiguous()
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
+def _gathered(steps: Sequence[Step]) -> list[Step]:
+    """The steps in an order that leaves as few changes between kernels and PyTorch as it can."""
+    made = {step.output for step in steps}
+    done: set[int] = set()
+    waiting, order = list(steps), []
+    in_kernels = True
+
+    def is_ready(step: Step) -> bool:
+        return all(number in done or number not in made for number in step.inputs)
+
+    while waiting:
+        ready = [step for step in waiting if is_ready(step)]
+        alike = [step for step in ready if has_kernel(step) == in_kernels]
+        if not alike:
+            in_kernels = not in_kernels
+            continue
+        order.append(alike[0])
+        done.add(alike[0].output)
+        waiting.remove(alike[0])
+    return order
+
+
+def _packed(
+    native: Any,
+    element: str,
+    steps: Sequence[Step],
+    weights: Mapping[str, Tensor],
+    inputs: list[int],
+    outputs: list[int],
+    as_computed: bool,
+) -> Any:
+    packed = native.CpuPlan(element)
+    for step in steps:
         x, extra = step.inputs[0], step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
-            self._packed.bottleneck(x, step.output, *bottleneck_weights(step, weights), extra)
+            packed.bottleneck(x, step.output, *bottleneck_weights(step, weights), extra)
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             stride, padding = step.conv.stride, step.conv.padding
-            self._packed.conv(
+            packed.conv(
                 x, step.output, weight, bias, scale, shift, stride, padding, step.relu, extra
             )
-        elif step.kind == "max_pool":
-            self._packed.max_pool(x, step.output)
+        elif isinstance(step, Remerge):
+            weight, bias = remerge_weights(step, weights)
+            packed.conv(x, step.output, weight, bias, None, None, (1, 1), (0, 0), False, extra)
+        elif isinstance(step, Pool):
+            packed.max_pool(x, step.output)
         else:  # upsample_add(low, skip), add(a, b)
-            getattr(self._packed, step.kind)(x, extra, step.output)
+            getattr(packed, step.kind)(x, extra, step.output)
+    packed.finish(inputs, outputs, as_computed)
+    return packed

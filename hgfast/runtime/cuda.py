@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hgfast import _native
 from hgfast.plan import (
     Bottleneck,
     Conv,
     Convolution,
-    MaxPool,
     Plan,
+    Pool,
+    Remerge,
     Step,
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import reference
-from hgfast.runtime.folding import bottleneck_weights, conv_weights
+from hgfast.runtime import plain
+from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 Values = dict[int, Tensor]
 
@@ -56,6 +56,8 @@ class Kernels:
             out, project = step.convs[2].channels[1], step.project is not None
             reason: str = self.bottleneck.obstacle(self.device, in_, middle, out, project)
             return reason or None
+        if isinstance(step, UpsampleAdd) and (step.factors != (2,) or step.relu):
+            return "it joins several maps"
         if isinstance(step, UpsampleAdd) and channels is not None and channels % 8:
             return f"its {channels} channels are no multiple of 8"
         return None
@@ -220,7 +222,7 @@ class CudaExecutor:
         pools = {
             step.output: step.inputs[0]
             for step in steps
-            if isinstance(step, MaxPool) and readers[step.output] == 1
+            if isinstance(step, Pool) and _is_prologue(step) and readers[step.output] == 1
         }
         fusing = {
             step.inputs[0]
@@ -248,19 +250,14 @@ class CudaExecutor:
         """One step with its weights bound, and the values it reads."""
         ops, x = self._kernels.ops, step.inputs[0]
         other = step.inputs[1] if len(step.inputs) > 1 else None
-        if self._obstacle(step):
-            cast = {
-                name: weights[name].to(self._element, copy=True)
-                for part in step.parts
-                for name in part.weights
-            }
-            self._weights += cast.values()
-            return (
-                lambda v: reference.run_step(step, cast, *(v[number] for number in step.inputs))
-            ), step.inputs
+        if self._obstacle(step) or not _has_launch(step):
+            run, held = plain.bind(step, weights, self._element)
+            self._weights += held
+            return (lambda v: run(*(v[number] for number in step.inputs))), step.inputs
         if isinstance(step, Bottleneck):
             scale, shift, *rest = bottleneck_weights(step, weights)
-            block = self._kernels.bottleneck(self._element, scale, shift, *rest)
+            relu = not step.preactivated
+            block = self._kernels.bottleneck(self._element, scale, shift, *rest, relu=relu)
             self._weights += block.tensors()
             pool = x in pools
             source = pools.get(x, x)
@@ -287,9 +284,29 @@ class CudaExecutor:
                     None if other is None else v[other],
                 )
             ), step.inputs
-        if isinstance(step, MaxPool):
-            return (lambda v: F.max_pool2d(v[x], 2)), step.inputs
-        assert other is not None
-        if step.kind == "upsample_add":
-            return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
-        return (lambda v: v[x] + v[other]), step.inputs
+        if isinstance(step, Remerge):
+            weight, bias = remerge_weights(step, weights)
+            weight, bias = weight.to(self._element), bias.to(self._element)
+            self._weights += [weight, bias]
+            return (
+                lambda v: ops.conv(v[x], weight, bias, add=None if other is None else v[other])
+            ), step.inputs
+        return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
+
+
+def _is_prologue(step: Pool) -> bool:
+    """Whether a block's kernel can pool what it reads in this way."""
+    return step.mode == "max" and step.is_half
+
+
+def _has_launch(step: Step) -> bool:
+    """Whether a launch of hgfast's own stands for this step; PyTorch's operations do otherwise."""
+    if isinstance(step, Conv):
+        conv = step.conv
+        return (
+            conv.groups == 1
+            and not conv.transposed
+            and conv.dilation == (1, 1)
+            and not step.relu_sum
+        )
+    return isinstance(step, (Bottleneck, Remerge, UpsampleAdd))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hgfast.plan import Bottleneck, Conv, Convolution, Norm
+from hgfast.plan import Bottleneck, Conv, Convolution, Norm, Remerge
 
 Weights = Mapping[str, Tensor]
 
@@ -42,29 +42,53 @@ def prologue(norm: Norm | None, weights: Weights) -> tuple[Tensor | None, Tensor
 
 
 def fold(conv: Convolution, norm: Norm | None, weights: Weights) -> tuple[Tensor, Tensor]:
-    """(weight OIHW, bias) in float32 of a convolution with the BatchNorm behind it folded in."""
+    """(weight, bias) in float32 of a convolution with the BatchNorm behind it folded in.
+
+    The weight is (out, in / groups, height, width), a transposed one's (in, out / groups, ...).
+    """
     weight = weights[conv.weight].double()
-    bias = weights[conv.bias].double() if conv.bias else weight.new_zeros(len(weight))
+    bias = weights[conv.bias].double() if conv.bias else weight.new_zeros(conv.channels[1])
     if norm is not None:
         scale, shift = affine(norm, weights)
-        weight = weight * scale[:, None, None, None]
+        if conv.transposed:  # its rows are inputs, group by group
+            grouped = weight.unflatten(0, (conv.groups, -1))
+            scaled = grouped * scale.view(conv.groups, 1, -1, 1, 1)
+            weight = scaled.flatten(0, 1)
+        else:
+            weight = weight * scale[:, None, None, None]
         bias = bias * scale + shift
     return weight.float(), bias.float()
 
 
-def bottleneck_weights(step: Bottleneck, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
+def bottleneck_weights(step: Bottleneck, weights: Weights) -> tuple[Any, ...]:
     """scale, shift, w1, b1, w2, b2, w3, b3, wp, bp as the bottleneck op takes them."""
-    _, norm2, norm3 = step.norms
+    norm1, norm2, norm3 = step.norms
     conv1, conv2, conv3 = step.convs
+    behind = (norm2, norm3, None) if step.preactivated else step.norms
     return (
-        *prologue(step.norms[0], weights),
-        *fold(conv1, norm2, weights),
-        *fold(conv2, norm3, weights),
-        *fold(conv3, None, weights),
-        *(fold(step.project, None, weights) if step.project else (None, None)),
+        *prologue(norm1 if step.preactivated else None, weights),
+        *fold(conv1, behind[0], weights),
+        *fold(conv2, behind[1], weights),
+        *fold(conv3, behind[2], weights),
+        *(fold(step.project, step.project_norm, weights) if step.project else (None, None)),
     )
 
 
-def conv_weights(step: Conv, weights: Mapping[str, Tensor]) -> tuple[Any, ...]:
+def conv_weights(step: Conv, weights: Weights) -> tuple[Any, ...]:
     """weight, bias, scale, shift as the conv op takes them."""
     return *fold(step.conv, step.norm_after, weights), *prologue(step.norm_before, weights)
+
+
+def remerge_weights(step: Remerge, weights: Weights) -> tuple[Tensor, Tensor]:
+    """(weight, bias) in float32 of the one 1x1 convolution that does for three."""
+
+    def matrix(conv: Convolution) -> tuple[Tensor, Tensor]:
+        weight = weights[conv.weight].double().flatten(1)
+        bias = weights[conv.bias].double() if conv.bias else weight.new_zeros(len(weight))
+        return weight, bias
+
+    (direct, bias), (before, bias1), (behind, bias2) = map(
+        matrix, (step.direct, step.before, step.behind)
+    )
+    weight = direct + behind @ before
+    return weight.float()[:, :, None, None], (bias + behind @ bias1 + bias2).float()

@@ -23,16 +23,28 @@ def _norm(norm: Any, x: Tensor, weights: Weights) -> Tensor:
 
 
 def _convolve(conv: Any, x: Tensor, weights: Weights) -> Tensor:
-    bias = weights[conv.bias] if conv.bias else None
-    return F.conv2d(x, weights[conv.weight], bias, conv.stride, conv.padding)
+    weight, bias = weights[conv.weight], weights[conv.bias] if conv.bias else None
+    if conv.transposed:
+        extra, groups = conv.output_padding, conv.groups
+        return F.conv_transpose2d(
+            x, weight, bias, conv.stride, conv.padding, extra, groups, conv.dilation
+        )
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _bottleneck(step: Any, weights: Weights, x: Tensor, *low: Tensor) -> Tensor:
     y = x
     for norm, conv in zip(step.norms, step.convs, strict=True):
-        y = _convolve(conv, F.relu(_norm(norm, y, weights)), weights)
-    y = y + (_convolve(step.project, x, weights) if step.project else x)
-    return _upsample_add(step, weights, low[0], y) if low else y
+        if step.preactivated:
+            y = _convolve(conv, F.relu(_norm(norm, y, weights)), weights)
+        else:
+            y = _convolve(conv, y if conv is step.convs[0] else F.relu(y), weights)
+            y = _norm(norm, y, weights) if norm else y
+    shortcut = _convolve(step.project, x, weights) if step.project else x
+    y = y + (_norm(step.project_norm, shortcut, weights) if step.project_norm else shortcut)
+    if not step.preactivated:
+        y = F.relu(y)
+    return y + F.interpolate(low[0], scale_factor=2, mode="nearest") if low else y
 
 
 def _conv(step: Any, weights: Weights, x: Tensor, *add: Tensor) -> Tensor:
@@ -43,27 +55,102 @@ def _conv(step: Any, weights: Weights, x: Tensor, *add: Tensor) -> Tensor:
         y = _norm(step.norm_after, y, weights)
     if step.relu:
         y = F.relu(y)
+    if add:
+        y = y + add[0]
+    return F.relu(y) if step.relu_sum else y
+
+
+def _remerge(step: Any, weights: Weights, x: Tensor, *add: Tensor) -> Tensor:
+    behind = _convolve(step.behind, _convolve(step.before, x, weights), weights)
+    y = _convolve(step.direct, x, weights) + behind
     return y + add[0] if add else y
 
 
-def _max_pool(step: Any, weights: Weights, x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2)
+def _pool(step: Any, weights: Weights, x: Tensor) -> Tensor:
+    windows = step.kernel_size, step.stride, step.padding
+    if step.mode == "max":
+        return F.max_pool2d(x, *windows, ceil_mode=step.ceil_mode)
+    return F.avg_pool2d(x, *windows, step.ceil_mode, step.count_include_pad)
 
 
-def _upsample_add(step: Any, weights: Weights, low: Tensor, skip: Tensor) -> Tensor:
-    return F.interpolate(low, scale_factor=2, mode="nearest") + skip
+def _upsample_add(step: Any, weights: Weights, *inputs: Tensor) -> Tensor:
+    *lows, y = inputs
+    for low, factor in zip(lows, step.factors, strict=True):
+        y = y + F.interpolate(low, scale_factor=factor, mode="nearest")
+    return F.relu(y) if step.relu else y
 
 
 def _add(step: Any, weights: Weights, a: Tensor, b: Tensor) -> Tensor:
-    return a + b
+    return F.relu(a + b) if step.relu else a + b
 
+
+def _concat(step: Any, weights: Weights, *inputs: Tensor) -> Tensor:
+    return torch.cat(inputs[:-1], 1) + inputs[-1] if step.add else torch.cat(inputs, 1)
+
+
+def _plain(step: Any, weights: Weights, *inputs: Tensor) -> Tensor:
+    parameters = {keyword: weights[name] for keyword, name in step.parameters}
+    return PLAIN[step.op](*inputs, **dict(step.arguments), **parameters)
+
+
+def _upsample(x: Tensor, *like: Tensor, size: Any = None, **arguments: Any) -> Tensor:
+    return F.interpolate(x, size=like[0].shape[2:] if like else size, **arguments)
+
+
+def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, **arguments: Any) -> Tensor:
+    return F.batch_norm(x, mean, var, **arguments)
+
+
+#: PyTorch's own operations that a Plan may contain, by the names that traced graphs give them. Each
+#: is called with the activations, then keywords.
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+    "adaptive_max_pool2d": F.adaptive_max_pool2d,
+    "add_number": lambda x, other: x + other,
+    "add_weight": lambda x, other: x + other,
+    "batch_norm": _batch_norm,
+    "chunk": lambda x, chunks, dim, index: x.chunk(chunks, dim)[index],
+    "clamp": torch.clamp,
+    "concat": lambda *xs, dim: torch.cat(xs, dim),
+    "div": torch.div,
+    "div_number": lambda x, other: x / other,
+    "elu": F.elu,
+    "flatten": torch.flatten,
+    "gelu": F.gelu,
+    "group_norm": F.group_norm,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "instance_norm": F.instance_norm,
+    "leaky_relu": F.leaky_relu,
+    "linear": F.linear,
+    "mean": torch.mean,
+    "mul": torch.mul,
+    "mul_number": lambda x, other: x * other,
+    "mul_weight": lambda x, other: x * other,
+    "pad": F.pad,
+    "permute": torch.permute,
+    "pixel_shuffle": F.pixel_shuffle,
+    "prelu": F.prelu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "softmax": F.softmax,
+    "stack": lambda *xs, dim: torch.stack(xs, dim),
+    "sub": torch.sub,
+    "tanh": torch.tanh,
+    "upsample": _upsample,
+}
 
 _STEPS: dict[str, Callable[..., Tensor]] = {
     "bottleneck": _bottleneck,
     "conv": _conv,
-    "max_pool": _max_pool,
+    "remerge": _remerge,
+    "pool": _pool,
     "upsample_add": _upsample_add,
     "add": _add,
+    "concat": _concat,
+    "plain": _plain,
 }
 
 
