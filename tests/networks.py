@@ -101,3 +101,21 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self.conv(x))
+
+
+class Asserts(nn.Module):
+    """Sizes in assertions and conditions, NHWC input."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.project = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.channels = channels
+
+    def forward(self, images: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+        x = images.permute(0, 3, 1, 2)
+        assert x.size()[1] == self.channels, f"{x.size()[1]} {self.channels}"
+        assert x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0  # noqa: PT018
+        x = self.conv(x)
+        if x.shape[1] != 4:
+            x = self.project(x)
+        return x * scale if mask is None else x * mask

@@ -23,11 +23,11 @@ def match(reader: Reader, node: Node) -> Draft | None:
 
 
 def _match_sum(reader: Reader, node: Node, relu_sum: bool) -> Draft | None:
-    # Of two branches, the later one takes the other as the value to add; but a projected
-    # shortcut, which has no other use, leaves that to the branch that ends in more work.
+    # Of two branches, the later one takes the other as the value to add; but a projected shortcut,
+    # whose input others read too, leaves that to the branch that it goes around.
     left, right = node.inputs
     branches = [(right, left), (left, right)]
-    branches.sort(key=lambda pair: _is_projection(reader, pair[0]))
+    branches.sort(key=lambda pair: _begins_where_others_do(reader, pair[0]))
     for branch, other in branches:
         if branch is other or not reader.only_use(branch):
             continue
@@ -37,9 +37,9 @@ def _match_sum(reader: Reader, node: Node, relu_sum: bool) -> Draft | None:
     return None
 
 
-def _is_projection(reader: Reader, node: Node) -> bool:
+def _begins_where_others_do(reader: Reader, node: Node) -> bool:
     layer = reader.normed(node)
-    return layer is not None and layer[0].kernel_size == (1, 1)
+    return layer is not None and not reader.only_use(reader.source(node))
 
 
 def _match_chain(reader: Reader, node: Node, relu_sum: bool = False) -> Draft | None:
