@@ -2,26 +2,30 @@
 
 The judge is the model in float64. What the optimised model may miss it by is measured, not
 guessed: twice what eager PyTorch misses it by in the same precision. So the tolerance scales
-with the network, and an error that hides under a fixed one is found.
+with the network, and an error that hides under a fixed one is found. What is wrong is looked
+for until the first step or module is found whose output departs (hgfast/_culprit.py).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from hgfast import _culprit
+from hgfast._containers import convert, leaves, structure
+from hgfast._culprit import Culprit
 from hgfast._table import render
 from hgfast.decoding.dispatch import decode_by_reference
 from hgfast.metrics import pck
 from hgfast.optimization import decode_of, precision_of, without_kernels
+from hgfast.reporting import remember
 
 PRECISIONS: Final = ("highest", "high", "medium")
 
@@ -83,6 +87,20 @@ class OutputCheck:
     def ok(self) -> bool:
         return not self.fault
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each error as a share of what is allowed."""
+        pairs = (
+            (self.max_abs, self.allowed_max),
+            (self.mean_abs, self.allowed_mean),
+            (self.rel, self.allowed_rel),
+        )
+        return tuple(
+            error / allowed if allowed else (math.inf if error else 0.0)
+            for error, allowed in pairs
+            if not math.isinf(allowed)
+        )
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -94,6 +112,12 @@ class Verification:
         arithmetic: the dtype of the eager run that set the bounds.
         outputs: one :class:`OutputCheck` per tensor of the output, in order.
         fault: why the outputs could not be compared at all; empty where they were.
+        culprit: where outputs are wrong, the first step or module to depart; None where nothing
+            inside departs as much as they do.
+        seed: which random inputs these outputs are of, the worst of all that were tried; None
+            for the given ones.
+        tried: how many inputs were tried.
+        note: why the search for a culprit failed; empty where it did not.
     """
 
     model: str
@@ -101,6 +125,10 @@ class Verification:
     arithmetic: torch.dtype
     outputs: tuple[OutputCheck, ...]
     fault: str = ""
+    culprit: Culprit | None = None
+    seed: int | None = None
+    tried: int = 1
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -125,6 +153,36 @@ class Verification:
         """
         return self._largest([output.keypoint_shift for output in self.outputs])
 
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON knows of it. These keys are there always, and stay::
+
+            model, precision, arithmetic ("float32"), ok, fault, tried, seed (or null), note
+            culprit     {name, step, error, eager, why}, or null
+            outputs     [{the attributes of OutputCheck}, ...]
+
+        Numbers that JSON has not are null: bounds that the rule does not set, and errors that
+        are infinite or no number (``fault`` says so).
+        """
+
+        def number(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        def fields(value: Any) -> dict[str, Any]:
+            return {name: number(item) for name, item in vars(value).items()}
+
+        return {
+            "model": self.model,
+            "precision": self.precision,
+            "arithmetic": _name(self.arithmetic),
+            "ok": self.ok,
+            "fault": self.fault,
+            "tried": self.tried,
+            "seed": self.seed,
+            "note": self.note,
+            "culprit": fields(self.culprit) if self.culprit else None,
+            "outputs": [fields(output) for output in self.outputs],
+        }
+
     def __bool__(self) -> bool:
         return self.ok
 
@@ -132,7 +190,8 @@ class Verification:
         verdict = "ok" if self.ok else "FAILED"
         title = f'verify {self.model}, precision "{self.precision}": {verdict}'
         if self.fault:
-            return f"{title}\n\n{self.fault}"
+            which = self._which()
+            return f"{title}\n\n{self.fault}" + (f"\n{which}" if which else "")
         rows = [
             (
                 output.name,
@@ -175,7 +234,22 @@ class Verification:
         )
         if any(output.name == "['coords']" for output in self.outputs):
             footer += "\nCoords and scores against what the reference decodes of these heatmaps."
-        return footer
+        further = (self._which(), str(self.culprit or ""), self.note)
+        return "\n".join([footer, *filter(None, further)])
+
+    def _which(self) -> str:
+        """Which inputs these outputs are of, where there was a choice."""
+        if self.tried == 1:
+            return ""
+        which = "the given ones" if self.seed is None else f"random ones, seed {self.seed}"
+        return f"The worst of {self.tried} inputs: {which}."
+
+    @property
+    def _severity(self) -> tuple[bool, float]:
+        """What is worse is larger."""
+        shares = [share for output in self.outputs for share in output.shares]
+        lost = self.fault or any(map(math.isnan, shares))
+        return not self.ok, math.inf if lost else max(shares, default=0.0)
 
 
 class VerificationError(RuntimeError):
@@ -196,8 +270,9 @@ def verify(
     *inputs: Any,
     precision: str | None = None,
     raise_on_fail: bool = False,
+    seeds: int = 0,
 ) -> Verification:
-    """Compare an optimised model with the eager one, on inputs of yours.
+    """Compare an optimised model with the eager one, on inputs of yours and on random ones.
 
     Both are compared with the eager model in float64, so that the error that eager PyTorch
     makes is known too and bounds the allowed one, for each output tensor (the rule of the
@@ -216,6 +291,13 @@ def verify(
     another cell only if float64 does not decide between the two: its values there differ by no
     more than the maximum error allowed above (for "high": by 4e-5 of the reference's maximum).
 
+    Every tensor of the output is compared, in lists, tuples, named tuples, dicts and dataclasses
+    of any nesting; the containers and what else they hold must be equal.
+
+    Where an output is wrong, the first step (of a region's Plan) or module whose output departs
+    is looked for, each on the inputs that reach it in the eager model (``Verification.culprit``).
+    That runs the models a dozen times more.
+
     Of a model that decodes (``optimize(model, decode=...)``) the heatmaps that it decodes are held
     against those of the eager model like any others, the last stack's; and what it returns must
     be what the reference decoder makes of them: places within 1e-3 heatmap cells, scores within
@@ -227,14 +309,19 @@ def verify(
     Args:
         model: the eager model. If it is an optimised one, its eager forward is meant.
         fast: what ``hgfast.optimize`` returned, or any module with the same outputs.
-        inputs: the arguments of ``forward``; tensors and containers of tensors.
+        inputs: the arguments of ``forward``; tensors and containers of tensors. At best real
+            ones: images as the network was trained on.
+        seeds: how many random inputs to try beside them; the worst of all is returned. Each is
+            normal, with the given inputs' shapes, and their mean and standard deviation per
+            channel (dimension 1; 1 where a channel does not vary). Integers stay as given.
         precision: "highest", "high" or "medium"; by default the one that ``fast`` was
             optimised for, or else "medium" for bfloat16 and float16 models, "highest" for others.
         raise_on_fail: raise instead of returning a Verification that is not ok.
 
     Raises:
         VerificationError: not ok, and ``raise_on_fail``.
-        ValueError: an unknown precision, or the model cannot run in float64 (or bfloat16).
+        ValueError: an unknown precision, a negative number of seeds, or the model cannot run in
+            float64 (or bfloat16).
         Exception: whatever either model raises for the inputs.
     """
     if precision is None:
@@ -242,6 +329,26 @@ def verify(
     if precision not in PRECISIONS:
         known = ", ".join(f'"{name}"' for name in PRECISIONS)
         raise ValueError(f"verify expects a precision out of {known}, got {precision!r}")
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 0:
+        raise ValueError(f"verify expects a number of seeds, 0 or more, got {seeds!r}")
+    remember(fast, inputs)
+    results = []
+    for seed in (None, *range(seeds)):
+        tried = inputs if seed is None else _random_like(inputs, seed)
+        results.append(replace(_verify(model, fast, tried, precision), seed=seed))
+    worst = replace(max(results, key=lambda result: result._severity), tried=len(results))
+    if not worst.ok:
+        tried = inputs if worst.seed is None else _random_like(inputs, worst.seed)
+        worst = _with_culprit(worst, model, fast, tried)
+        if raise_on_fail:
+            raise VerificationError(worst)
+    return worst
+
+
+def _verify(
+    model: nn.Module, fast: nn.Module, inputs: Sequence[Any], precision: str
+) -> Verification:
+    """On these inputs alone, without a culprit."""
     own, of_fast = _dtype(model, inputs), _dtype(fast, inputs)
     arithmetic = _arithmetic(own, of_fast, precision)
 
@@ -262,10 +369,44 @@ def verify(
         heatmaps, keypoints = given
         fault, outputs = _compare(rule, *map(_last, (heatmaps, eager, reference, baseline)))
         outputs += _check_decoding(_last(heatmaps)["heatmaps"], keypoints, decoding)
-    verification = Verification(type(model).__name__, precision, arithmetic, outputs, fault)
-    if raise_on_fail and not verification.ok:
-        raise VerificationError(verification)
-    return verification
+    return Verification(type(model).__name__, precision, arithmetic, outputs, fault)
+
+
+def _with_culprit(
+    found: Verification, model: nn.Module, fast: nn.Module, inputs: Sequence[Any]
+) -> Verification:
+    """The verification and what is to blame for it, if that can be found."""
+    floor = _HIGH / 2 if _Rule(found.precision, found.arithmetic, same_dtype=True).fixed else 0.0
+    try:
+        with _alone((model, fast), inputs):
+            culprit = _culprit.find(
+                _eager_copy(model),
+                _in_eval_mode(fast),
+                inputs,
+                found.arithmetic,
+                floor,
+            )
+    except Exception as error:  # the verdict stands, whatever the search for a reason meets
+        return replace(found, note=f"The search for the first to depart failed: {error}")
+    return replace(found, culprit=culprit)
+
+
+def _random_like(inputs: Sequence[Any], seed: int) -> Sequence[Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
+            return leaf
+        values = leaf.detach().double().nan_to_num(0, 0, 0)
+        dims = [dim for dim in range(leaf.ndim) if dim != 1]
+        mean = values.mean(dims, keepdim=True)
+        spread = values.std(dims, correction=0, keepdim=True)
+        spread = torch.where(spread > 0, spread, 1.0)
+        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        return (mean + spread * noise.to(leaf.device)).to(leaf.dtype)
+
+    random: Sequence[Any] = convert(normal, tuple(inputs))
+    return random
 
 
 # --- Which precision ---
@@ -284,7 +425,8 @@ def _arithmetic(model: torch.dtype, fast: torch.dtype, precision: str) -> torch.
 
 def _dtype(module: nn.Module, inputs: Sequence[Any]) -> torch.dtype:
     """The dtype that a module computes in: its weights', or else the inputs'."""
-    state = (*module.parameters(), *module.buffers(), *pytree.tree_leaves(inputs))
+    held = (leaf for _, leaf in leaves(tuple(inputs)))
+    state = (*module.parameters(), *module.buffers(), *held)
     tensors = (leaf for leaf in state if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return next((tensor.dtype for tensor in tensors), torch.float32)
 
@@ -298,15 +440,23 @@ def _run(module: nn.Module, inputs: Sequence[Any], before_decoding: bool = False
     With ``before_decoding`` the heatmaps that it decodes, and its output.
     """
     call = module.__dict__["forward"].both if before_decoding else module
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    devices = {tensor.device for tensor in (*module.parameters(), *tensors)}
+    with _alone((module,), inputs):
+        # Copies: a network may begin with an in-place operation.
+        return call(*_cast(inputs, None))
+
+
+@contextmanager
+def _alone(modules: Sequence[nn.Module], inputs: Sequence[Any]) -> Iterator[None]:
+    """Without gradients and autocast; the random state is afterwards what it was before."""
+    tensors = [leaf for _, leaf in leaves(tuple(inputs)) if isinstance(leaf, Tensor)]
+    weights = [tensor for module in modules for tensor in module.parameters()]
+    devices = {tensor.device for tensor in (*weights, *tensors)}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        # Copies: a network may begin with an in-place operation.
-        return call(*_cast(inputs, None))
+        yield
 
 
 def _run_as(dtype: torch.dtype, model: nn.Module, inputs: Sequence[Any]) -> Any:
@@ -318,7 +468,7 @@ def _run_as(dtype: torch.dtype, model: nn.Module, inputs: Sequence[Any]) -> Any:
             f"verify has to run {type(model).__name__} in {_name(dtype)} as well, "
             f"where it fails: {error}"
         ) from error
-    for leaf in pytree.tree_leaves(output):
+    for _, leaf in leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype != dtype:
             raise ValueError(
                 f"verify has to run {type(model).__name__} in {_name(dtype)} as well, but its "
@@ -336,7 +486,7 @@ def _cast(inputs: Sequence[Any], dtype: torch.dtype | None) -> Sequence[Any]:
         leaf = leaf.detach().clone()
         return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
-    copies: Sequence[Any] = pytree.tree_map(cast, inputs)
+    copies: Sequence[Any] = convert(cast, tuple(inputs))
     return copies
 
 
@@ -420,16 +570,15 @@ class _Miss:
 def _compare(
     rule: _Rule, given: Any, eager: Any, reference: Any, baseline: Any
 ) -> tuple[str, tuple[OutputCheck, ...]]:
-    named, structure = pytree.tree_flatten_with_path(eager)
-    leaves = []
+    expected_leaves = dict(leaves(eager))
+    held = []
     for output in (given, reference, baseline):
-        flat, its_structure = pytree.tree_flatten(output)
-        if its_structure != structure:
-            return f"the output is {_outline(output)}; eager's is {_outline(eager)}", ()
-        leaves.append(flat)
+        if structure(output) != structure(eager):
+            return f"the output is {_outline(output)}; {_others(output, eager)}", ()
+        held.append(dict(leaves(output)))
     checks = []
-    for (path, expected), *others in zip(named, *leaves, strict=True):
-        name = pytree.keystr(path) or "output"
+    for path, expected in expected_leaves.items():
+        name, others = path or "output", [leaves_of[path] for leaves_of in held]
         if not all(isinstance(leaf, Tensor) for leaf in (expected, *others)):
             if not _same(expected, others[0]):
                 return f"the output's {name} is {others[0]!r}; eager's is {expected!r}", ()
@@ -551,7 +700,18 @@ def _outline(output: Any) -> str:
     """The container of an output, in words short enough for a message."""
     if isinstance(output, Tensor):
         return "a tensor"
-    return f"{type(output).__name__} with {len(pytree.tree_leaves(output))} leaves"
+    return f"{type(output).__name__} with {len(list(leaves(output)))} leaves"
+
+
+def _others(output: Any, eager: Any) -> str:
+    """Eager's container, and what the other has not, or has alone."""
+    found, expected = (dict(leaves(value)) for value in (output, eager))
+    text = f"eager's is {_outline(eager)}"
+    lacking = next((name for name in expected if name not in found), None)
+    further = next((name for name in found if name not in expected), None)
+    if not lacking or not further or len(found) != len(expected):
+        return text
+    return f"{text}, {lacking} where the output has {further}"
 
 
 def _bound(allowed: float) -> float | None:

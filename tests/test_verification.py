@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ from torch.nn import functional as F
 
 import hgfast
 from hgfast.models import hourglass
+from hgfast.region import regions_of
+from hgfast.runtime import folding
+from tests.networks import PreactBlock, randomise
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -290,6 +296,329 @@ def test_nested_containers_are_named() -> None:
     assert [o.name for o in result.outputs] == ["[0][0]['hm']", "[0][0]['size']", "[1]"]
     other = Outputs(lambda x: ([{"hm": third(x), "size": third(x[0])}], third(x), "another", 3))
     assert not hgfast.verify(network, other, x)
+
+
+class Pair(NamedTuple):
+    heatmaps: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class Poses:
+    heatmaps: Tensor
+    pairs: list[Pair]
+    names: tuple[str, ...] = ("nose",)
+    cache: dict[str, Tensor] = field(init=False)  # no argument of __init__, and not always set
+
+
+@pytest.mark.parametrize(
+    ("pack", "names"),
+    [
+        (lambda a, b: Pair(a, b), [".heatmaps", ".offsets"]),
+        (lambda a, b: {"pose": Pair(a, b)}, ["['pose'].heatmaps", "['pose'].offsets"]),
+        (lambda a, b: Poses(a, [Pair(b, a)]), [".heatmaps", ".pairs[0].heatmaps",
+                                               ".pairs[0].offsets"]),
+        (lambda a, b: OrderedDict(a=a, b=(b, None)), ["['a']", "['b'][0]"]),
+    ],
+)  # fmt: skip
+def test_every_container_is_looked_into(
+    pack: Callable[[Tensor, Tensor], Any], names: list[str]
+) -> None:
+    network = Outputs(lambda x: pack(third(x), third(x) + 1))
+    x = torch.rand(2, 3, 8, 8)
+    result = hgfast.verify(network, network, x)
+    assert result.ok, result
+    assert [output.name for output in result.outputs] == names
+    wrong = Outputs(lambda x: pack(third(x), third(x) * 1.01 + 1))
+    result = hgfast.verify(network, wrong, x)
+    assert [output.ok for output in result.outputs].count(False) == 1
+
+
+def test_containers_as_inputs() -> None:
+    class Shifted(nn.Module):
+        def forward(self, poses: Poses) -> Tensor:
+            assert poses.names == ("nose",)
+            return third(poses.heatmaps) + poses.pairs[0].offsets
+
+    x = torch.rand(1, 2, 8, 8)
+    poses = Poses(x, [Pair(x, x)])
+    assert hgfast.verify(Shifted().eval(), Shifted().eval(), poses, seeds=1)
+    assert poses.heatmaps is x
+
+
+def test_other_types_and_keys_are_no_match() -> None:
+    x = torch.rand(1, 2, 8, 8)
+    pair, plain = Outputs(lambda x: Pair(x, x)), Outputs(lambda x: (x, x))
+    assert "Pair with 2 leaves" in hgfast.verify(pair, plain, x).fault
+    named, other = Outputs(lambda x: {"hm": x}), Outputs(lambda x: {"heatmap": x})
+    assert "['hm'] where the output has ['heatmap']" in hgfast.verify(named, other, x).fault
+    turned = Outputs(lambda x: {"b": x, "a": x + 1})
+    assert hgfast.verify(Outputs(lambda x: {"a": x + 1, "b": x}), turned, x)
+
+
+# --- several inputs ---
+
+
+class Above(nn.Module):
+    """Right, but where an input exceeds a limit."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return third(x) + (x > self.limit)
+
+
+def test_random_inputs_find_what_the_given_one_hides() -> None:
+    network = Outputs(third)
+    x = torch.rand(1, 3, 16, 16)
+    wrong = Above(1.2)
+    assert hgfast.verify(network, wrong, x)
+    result = hgfast.verify(network, wrong, x, seeds=3)
+    assert not result.ok
+    assert result.tried == 4
+    assert result.seed in (0, 1, 2)
+    assert f"The worst of 4 inputs: random ones, seed {result.seed}." in str(result)
+    assert hgfast.verify(network, wrong, x, seeds=3) == result
+
+
+def test_the_worst_of_right_ones_is_reported(model: nn.Module, image: Tensor) -> None:
+    results = [hgfast.verify(model, model, image, seeds=n, precision="medium") for n in (0, 2)]
+    assert all(results)
+    alone, worst = (max(s for o in r.outputs for s in o.shares) for r in results)
+    assert worst >= alone
+    assert results[1].tried == 3
+
+
+def test_random_inputs_have_the_given_ones_statistics() -> None:
+    seen: list[Tensor] = []
+
+    class Keep(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return third(x)[index]
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 64, 64, generator=generator)
+    x = x * torch.tensor([2.0, 0.5])[:, None, None] + torch.tensor([3.0, -1.0])[:, None, None]
+    x = torch.cat([x, torch.ones(4, 1, 64, 64)], 1)
+    hgfast.verify(Keep().eval(), Keep().eval(), x, torch.tensor([1, 3]), seeds=2)
+    random = [t for t in seen if t.dtype == torch.float32 and not torch.equal(t, x)]
+    assert len({float(t.sum()) for t in random}) == 2
+    mean, spread = (f(x, (0, 2, 3)) for f in (torch.mean, torch.std))
+    spread[2] = 1  # a channel that does not vary
+    count = x.numel() / 3
+    for t in random:
+        # Within six standard errors of the mean, and of the standard deviation.
+        assert ((t.mean((0, 2, 3)) - mean).abs() < 6 * spread / count**0.5).all()
+        assert ((t.std((0, 2, 3)) / spread - 1).abs() < 6 / (2 * count) ** 0.5).all()
+
+
+@pytest.mark.parametrize("seeds", [-1, 1.5, True])
+def test_wrong_number_of_seeds(model: nn.Module, image: Tensor, seeds: Any) -> None:
+    with pytest.raises(ValueError, match="number of seeds, 0 or more, got"):
+        hgfast.verify(model, model, image, seeds=seeds)
+
+
+# --- who is to blame ---
+
+
+class Blocks(nn.Module):
+    """Not a Plan as a whole, since what it does depends on its numbers: its blocks are regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second, self.third = PreactBlock(), PreactBlock(), PreactBlock()
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        if bool(y.isinf().any()):
+            return y
+        return self.head(self.third(self.second(self.first(y))))
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(2)
+    return randomise(Blocks()).eval()
+
+
+def spoil(name: str, monkeypatch: pytest.MonkeyPatch, by: float) -> None:
+    """Pack one convolution's weights wrongly."""
+    fold = folding.fold
+
+    def spoiled(conv: Any, *args: Any) -> Any:
+        weight, bias = fold(conv, *args)
+        if conv.name == name:
+            weight = weight * (1 + by)
+        return weight, bias
+
+    monkeypatch.setattr(folding, "fold", spoiled)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "by"),
+    [
+        ("stem.residual1.conv1", "highest", 0.05),
+        ("stem.residual1.conv1", "medium", math.nan),
+        ("hourglasses.0.upper.0.conv3", "medium", 1.0),
+        ("hourglasses.0.upper.0.conv3", "highest", math.nan),
+        ("heads.1.conv", "high", 0.05),
+    ],
+)
+def test_a_wrongly_packed_step_is_named(
+    model: nn.Module,
+    image: Tensor,
+    name: str,
+    precision: str,
+    by: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spoil(name, monkeypatch, by)
+    result = hgfast.verify(model, hgfast.optimize(model, precision=precision), image)
+    assert not result.ok
+    culprit = result.culprit
+    assert culprit is not None, result
+    assert name.startswith(culprit.name)
+    assert culprit.name.count(".") >= name.count(".") - 1
+    assert culprit.step.startswith(("bottleneck", "conv"))
+    assert math.isnan(culprit.error) if math.isnan(by) else culprit.error > 8 * culprit.eager
+    assert culprit.eager < 1e-1
+    assert f"First to depart: {culprit.name} ({culprit.step})" in str(result)
+    assert not culprit.why
+
+
+def test_a_wrongly_packed_block_region_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = blocks(), torch.randn(1, 3, 9, 7)
+    # Of a region the names are its own: the second conv2 that is packed is that of `second`.
+    fold, seen = folding.fold, []
+
+    def spoiled(conv: Any, norm: Any, weights: Any) -> Any:
+        weight, bias = fold(conv, norm, weights)
+        if torch.equal(weights[conv.weight], model.second.conv2.weight):
+            seen.append(conv.name)
+            weight = weight * 1.01
+        return weight, bias
+
+    monkeypatch.setattr(folding, "fold", spoiled)
+    fast = hgfast.optimize(model)
+    assert [region.name for region in regions_of(fast)] == ["first", "second", "third"]
+    result = hgfast.verify(model, fast, x)
+    assert seen
+    assert result.culprit is not None
+    assert result.culprit.name == "second"
+    assert result.culprit.step.startswith("bottleneck")
+
+
+@pytest.mark.parametrize("value", [0.1, math.nan])
+def test_a_wrong_weight_in_one_region_is_named(value: float) -> None:
+    model, x = blocks(), torch.randn(1, 3, 9, 7)
+    fast = hgfast.optimize(model)
+    with torch.no_grad():
+        fast.second.conv1.weight[1, 2] = value
+    result = hgfast.verify(model, fast, x)
+    assert not result.ok
+    assert result.culprit is not None
+    assert (result.culprit.name, result.culprit.step) == ("second", "bottleneck")
+    assert result.culprit.why == "its weight (conv1.weight) is not the model's"
+
+
+def test_a_wrong_weight_in_a_whole_network_is_named(model: nn.Module, image: Tensor) -> None:
+    fast = hgfast.optimize(model)
+    with torch.no_grad():
+        fast.hourglasses[1].inner.enter[0].conv2.weight.mul_(1.1)
+    result = hgfast.verify(model, fast, image)
+    assert result.outputs[0].ok
+    assert result.culprit is not None
+    assert result.culprit.name == "hourglasses.1.inner.enter.0"
+    assert "conv2.weight) is not the model's" in result.culprit.why
+    # Random inputs too: the worst one is searched.
+    assert hgfast.verify(model, fast, image, seeds=2).culprit is not None
+
+
+def test_a_wrong_weight_outside_the_regions_is_named() -> None:
+    model, x = blocks(), torch.randn(1, 3, 9, 7)
+    fast = hgfast.optimize(model)
+    with torch.no_grad():
+        fast.head.bias[3] += 0.1
+    result = hgfast.verify(model, fast, x)
+    assert result.culprit is not None
+    assert (result.culprit.name, result.culprit.step) == ("head", "")
+    assert result.culprit.why == "its bias (bias) is not the model's"
+    assert hgfast.verify(fast, fast, x)
+
+
+def test_weights_changed_unnoticed_are_told_from_wrong_kernels(
+    model: nn.Module, image: Tensor
+) -> None:
+    fast = hgfast.optimize(model)
+    with torch.inference_mode():
+        fast(image)
+    right = copy.deepcopy(model)
+    for network in (fast, right):
+        network.heads[1].conv.weight.data.mul_(1.5)  # through .data: nothing can notice
+    result = hgfast.verify(right, fast, image)
+    assert result.culprit is not None
+    assert (result.culprit.name, result.culprit.step) == ("", "")
+    assert "hgfast.refresh" in result.culprit.why
+    assert hgfast.verify(right, hgfast.refresh(fast), image)
+
+
+def test_the_culprit_of_a_model_that_decodes(
+    model: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil("hourglasses.1.leave.0.conv2", monkeypatch, 0.5)
+    result = hgfast.verify(model, hgfast.optimize(model, decode="quarter"), image)
+    assert not result.ok
+    assert result.culprit is not None
+    assert result.culprit.name == "hourglasses.1.leave.0"
+
+
+def test_without_regions_the_module_is_named(model: nn.Module, image: Tensor) -> None:
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.hourglasses[1].upper[0].norm2.running_mean += 0.1
+    result = hgfast.verify(model, wrong, image)
+    assert result.culprit is not None
+    assert result.culprit.name == "hourglasses.1.upper.0.norm2"
+    assert "running_mean" in result.culprit.why
+
+
+def test_a_right_model_has_no_culprit(model: nn.Module, image: Tensor) -> None:
+    assert hgfast.verify(model, hgfast.optimize(model), image, seeds=2).culprit is None
+
+
+def test_a_failing_search_does_not_hide_the_verdict(
+    model: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("hgfast._culprit.find", fails)
+    wrong = Edited(model, lambda maps: [m * 1.1 for m in maps])
+    result = hgfast.verify(model, wrong, image)
+    assert not result.ok
+    assert "out of memory" in result.note
+    assert "out of memory" in str(result)
+
+
+def test_to_dict(model: nn.Module, image: Tensor) -> None:
+    right = hgfast.verify(model, model, image, precision="high").to_dict()
+    assert json.loads(json.dumps(right, allow_nan=False)) == right
+    assert right["ok"] is True
+    assert right["culprit"] is None
+    assert right["outputs"][0]["allowed_max"] is None
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.stem.conv.weight[0] = math.nan
+    found = hgfast.verify(model, wrong, image).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["culprit"]["name"] == "stem.conv"
+    assert found["culprit"]["error"] is None
+    assert found["arithmetic"] == "float32"
 
 
 def test_integer_outputs_are_compared() -> None:
