@@ -2,6 +2,7 @@
 # extension and runs; repeated, they start in seconds.
 #
 #   make test PYTEST_ARGS="-k decode -x"     make bench PYTEST_ARGS=...     make lint     make format
+#   make test-peers: against other implementations, which it installs
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,12 +21,15 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py \
           $(shell find cmake csrc tests/emulator -type f -not -path '*/__pycache__/*')
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test demo bench gpu resources lint format clean
+.PHONY: build test test-peers demo bench gpu resources lint format clean
 
 build: $(BUILT)
 
-test: $(BUILT) $(PEERS)
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+test: $(BUILT)
+	$(BIN)/python -m pytest tests --ignore tests/peers $(PYTEST_ARGS)
+
+test-peers: $(BUILT) $(PEERS)
+	$(BIN)/python -m pytest tests/peers $(PYTEST_ARGS)
 
 demo: $(BUILT)
 	$(BIN)/python -m hgfast demo

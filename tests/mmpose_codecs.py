@@ -6,8 +6,6 @@ Importing this module skips the tests that do where mmpose is not installed.
 from __future__ import annotations
 
 import importlib.util
-import sys
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peer_packages import REASON, hollow
 from torch import Tensor
 
-_REASON = "needs the peer: pip install --no-deps -r requirements-peers.txt"
-cv2 = pytest.importorskip("cv2", reason=_REASON)
-_mmpose = pytest.importorskip("mmpose", reason=_REASON)
+cv2 = pytest.importorskip("cv2", reason=REASON)
+_mmpose = pytest.importorskip("mmpose", reason=REASON)
 _FOLDER = Path(_mmpose.__file__).parent
-
-# mmpose.models imports networks that need the compiled mmcv, and the codecs import two of its
-# modules that do not. So the packages above those are empty ones with the real folders.
-for _name in ("mmpose.models", "mmpose.models.backbones"):
-    if _name not in sys.modules:
-        _package = types.ModuleType(_name)
-        _package.__path__ = [str(_FOLDER.joinpath(*_name.split(".")[1:]))]
-        sys.modules[_name] = _package
+hollow("mmpose.models", "mmpose.models.backbones")  # the codecs import two modules of theirs
 
 from mmpose.codecs import MegviiHeatmap, MSRAHeatmap, UDPHeatmap  # noqa: E402
 from mmpose.codecs.utils.post_processing import batch_heatmap_nms  # noqa: E402

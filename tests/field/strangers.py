@@ -627,7 +627,11 @@ def weight_normed(new: bool) -> nn.Module:
 
 
 def _weight_norm(conv: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # the old way: a hook that computes the weight
+    """The old way: a hook that computes the weight.
+
+    Without gradients, or PyTorch refuses to copy the module.
+    """
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
         return torch.nn.utils.weight_norm(conv)
 
@@ -661,8 +665,12 @@ def narrow_float() -> nn.Module:
 
 @dataclass(frozen=True)
 class Stranger:
+    """A builder, inputs, and why eager itself cannot be trained or run in bfloat16, if so."""
+
     build: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...] = SIZES
+    untrainable: str = ""
+    no_half: str = ""
 
 
 STRANGERS: dict[str, Stranger] = {
@@ -703,11 +711,15 @@ STRANGERS: dict[str, Stranger] = {
         lambda: Net(nn.Sequential(*(Basic(16, act) for act in (nn.GELU, nn.ELU, nn.Mish)))), FREE
     ),
     "weight norm": Stranger(partial(weight_normed, True), FREE),
-    "weight norm, the old way": Stranger(partial(weight_normed, False), FREE),
+    "weight norm, the old way": Stranger(
+        partial(weight_normed, False),
+        FREE,
+        untrainable="PyTorch cannot copy a module whose weight is computed with gradients",
+    ),
     "spectral norm": Stranger(spectral_normed, FREE),
     "batch statistics in evaluation": Stranger(frozen_norm, FREE),
     "LayerNorm over channels": Stranger(
-        lambda: Net(nn.Sequential(nn.GroupNorm(1, 16), Preact(16), nn.LocalResponseNorm(3))), FREE
+        lambda: Net(nn.Sequential(nn.GroupNorm(1, 16), Preact(16))), FREE
     ),
     "residual scaling": Stranger(lambda: hourglass_of(partial(Basic, 16, scale=0.1))),
     "learned scalars": Stranger(lambda: hourglass_of(partial(Blend, 16))),
@@ -745,7 +757,10 @@ STRANGERS: dict[str, Stranger] = {
     ),
     "shortcut after an in-place ReLU": Stranger(lambda: hourglass_of(partial(TwoReadings, 16))),
     "differences": Stranger(lambda: hourglass_of(partial(Difference, 16))),
-    "a sum into a slice": Stranger(lambda: hourglass_of(partial(PartialSum, 16))),
+    "a sum into a slice": Stranger(
+        lambda: hourglass_of(partial(PartialSum, 16)),
+        untrainable="it overwrites what its gradient needs",
+    ),
     "sums that broadcast": Stranger(lambda: hourglass_of(partial(Broadcast, 16))),
     "control flow on shape": Stranger(
         lambda: Net(ByShape(16)), ((1, 3, 32, 32), (1, 3, 32, 64), (2, 3, 45, 37))
@@ -754,8 +769,13 @@ STRANGERS: dict[str, Stranger] = {
     "pads to a multiple": Stranger(
         lambda: Odd(hourglass_of(partial(Preact, 16)), 8), ((1, 3, 32, 32),)
     ),
-    "a norm in float64": Stranger(lambda: Net(FloatNorm(16)), FREE),
-    "counts its calls": Stranger(lambda: Counting(hourglass_of(partial(Preact, 16)))),
+    "a norm in float64": Stranger(
+        lambda: Net(FloatNorm(16)), FREE, no_half="it converts to float64 in its forward"
+    ),
+    "counts its calls": Stranger(
+        lambda: Counting(hourglass_of(partial(Preact, 16))),
+        untrainable="it keeps features with gradients, which PyTorch cannot copy",
+    ),
     "functions without layers": Stranger(lambda: Net(Functional()), FREE),
     "gradient checkpointing": Stranger(lambda: Net(Checkpointed(Preact(16))), FREE),
     "image by image": Stranger(lambda: Batchwise(hourglass_of(partial(Preact, 16)))),
