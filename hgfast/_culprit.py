@@ -162,7 +162,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_regions(judge: _Judge, regions: Sequence[Region], inputs: Sequence[Any]) -> Culprit | None:
-    reached = _reached(judge.model, regions, inputs)
+    reached = reached(judge.model, regions, inputs)
     found = [(region, bound, _off_of_region(judge, region, bound)) for region, bound in reached]
     for limit in _LIMITS:
         for region, bound, off in found:
@@ -171,7 +171,7 @@ def _in_regions(judge: _Judge, regions: Sequence[Region], inputs: Sequence[Any])
     return None
 
 
-def _reached(
+def reached(
     model: nn.Module, regions: Sequence[Region], inputs: Sequence[Any]
 ) -> list[tuple[Region, tuple[Any, ...]]]:
     """The regions in order of execution, each with what reaches it first in the eager model."""
