@@ -26,6 +26,8 @@ _LONG: Final = 32
 #: Steps that no line is worth: they hold no weights, and belong to what surrounds them.
 _CONNECTIONS: Final = ("max_pool", "pool", "add")
 
+_AND: Final = " and "  # between what runs a block's steps
+
 _HOW: Final = "the share of the work: hgfast.report(fast, *inputs)"
 
 
@@ -58,7 +60,8 @@ class Report:
 
     Attributes:
         replaced: one row per recognised block, and per step that is part of no block.
-        skipped: modules that are no region of their own, and why.
+        skipped: modules that are no region of their own, and why; and regions that eager runs
+            as things are now.
         fallbacks: reasons for which eager ran instead since then: (region, reason).
         precision: the precision optimised for, None for a model that was not optimised.
         decode: the method by which the model decodes its heatmaps; None where it returns them.
@@ -158,9 +161,12 @@ class Report:
             return
         regions = list(dict.fromkeys(row.region for row in self.replaced))
         where = f"1 region, {shown(regions[0])}" if len(regions) == 1 else f"{len(regions)} regions"
+        ours = sum(is_replaced(row.backend) for row in self.replaced)
+        left = len(self.replaced) - ours
         title = (
-            f'hgfast: {len(self.replaced)} blocks replaced in {where}, precision "{self.precision}"'
+            f'hgfast: {ours} blocks replaced in {where}, precision "{self.precision}"'
             + (f', heatmaps decoded by "{self.decode}"' if self.decode else "")
+            + (f"; {left} left to PyTorch" if left else "")
         )
         full = len(self.replaced) <= _LONG if full is None else full
         groups = [[row] for row in self.replaced] if full else together(self.replaced)
@@ -213,6 +219,8 @@ def _percent(share: float) -> str:
     """Never "100 %" of what is not all, nor "0 %" of what is something."""
     if 0.999 <= share < 1:
         return "99.9 %"
+    if 0 < share < 0.001:
+        return "less than 0.1 %"
     return f"{100 * share:.1f} %" if 0 < share < 1 else f"{100 * share:.0f} %"
 
 
@@ -238,13 +246,15 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
         return Report()
     decoding = decode_of(fast)
     work, note = _work(fast, inputs, [row.name for row in optimization.skipped])
-    replaced = []
+    replaced, eager_now = [], []
     kernel_flops = unneeded = 0
     in_kernels: dict[str, int] = {}
     for region in regions_of(fast):
         calls = work.calls[region.name] if work else None
         rows, in_kernels[region.name] = _rows(region, calls)
         replaced += rows
+        if region.backend == "eager":
+            eager_now.append(Skipped(region.name, region.pack().reason or "it has no executor"))
         kernel_flops += in_kernels[region.name]
         unneeded += _unneeded(region, calls or [])
     left = {}
@@ -253,7 +263,7 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
         left[name] = flops - sum(n for r, n in in_kernels.items() if r.startswith(inside))
     return Report(
         replaced=replaced,
-        skipped=list(optimization.skipped),
+        skipped=[*optimization.skipped, *eager_now],
         fallbacks=[(name, reason) for reason, name in optimization.notices.seen.items()],
         precision=optimization.precision,
         decode=decoding["method"] if decoding else None,
@@ -336,7 +346,7 @@ def _rows(region: Region, calls: list[_Call] | None) -> tuple[list[Replaced], in
             Replaced(
                 qualified(region.name, unit.name),
                 unit.kind,
-                " and ".join(dict.fromkeys(paths.get(number, "eager") for number in numbers)),
+                _AND.join(dict.fromkeys(paths.get(number, "eager") for number in numbers)),
                 region.name,
                 qualified(region.name, unit.part_of) if unit.part_of else "",
                 None if flops is None else sum(flops.get(number, 0) for number in numbers),
@@ -348,6 +358,11 @@ def _rows(region: Region, calls: list[_Call] | None) -> tuple[list[Replaced], in
 def is_kernel(path: str) -> bool:
     """Whether what runs a step is a kernel of hgfast's own, by its description."""
     return path.startswith(("cpu ", "cuda "))
+
+
+def is_replaced(backend: str) -> bool:
+    """Whether anything but PyTorch's own operations, one by one, runs any part of a block."""
+    return any(not path.startswith(("PyTorch", "eager")) for path in backend.split(_AND))
 
 
 def _flops_of_steps(plan: Plan, shapes: Any) -> dict[int, int]:
@@ -540,6 +555,9 @@ def label_of(group: Sequence[Replaced]) -> str:
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
+    if not common:
+        first, *others, last = [shown(row.name) for row in group]
+        return ", ".join([first, *(others if len(others) < 2 else ["..."]), last])
     return ".".join([*common, "*"])
 
 

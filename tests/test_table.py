@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
-from hgfast._table import render
+from hgfast._table import render, rich_table
 
 
 def test_whole_table() -> None:
@@ -36,3 +38,15 @@ def test_nothing_is_cut_off() -> None:
 def test_wrong_number_of_cells() -> None:
     with pytest.raises(ValueError, match="2 cells was expected, got 1"):
         render("Wrong", ["a", "b"], [["only one"]])
+
+
+def test_rich_shows_every_cell_and_no_markup() -> None:
+    console = pytest.importorskip("rich.console", reason="rich is optional")
+    rows = [["heads[0].conv", 12345], ["[bold]", 7]]
+    file = io.StringIO()
+    table = rich_table("A title", ["name", "count"], rows, "A footer.")
+    console.Console(file=file, width=80).print(table)
+    for text in ("A title", "heads[0].conv", "12,345", "[bold]", "A footer."):
+        assert text in file.getvalue()
+    with pytest.raises(ValueError, match="2 cells was expected, got 1"):
+        rich_table("Wrong", ["a", "b"], [["only one"]])
