@@ -181,8 +181,14 @@ class Bottleneck(Step):
         return tuple(part for part in (*chain, self.project, self.project_norm) if part)
 
     @property
+    def name_of_block(self) -> str:
+        """ "bottleneck" before its activations; "bottleneck x4" behind them, by its expansion."""
+        expansion = self.convs[2].channels[1] // self.convs[0].channels[1]
+        return "bottleneck" if self.preactivated else f"bottleneck x{expansion}"
+
+    @property
     def title(self) -> str:
-        name = "bottleneck" if self.preactivated else "bottleneck (post-activation)"
+        name = self.name_of_block
         return f"{name} + upsample_add" if len(self.inputs) == 2 else name
 
     def shape(self, *inputs: Shape) -> Shape:
@@ -563,9 +569,9 @@ _LEVELS = {"pool": 1, "upsample_add": -1}
 
 @dataclass(frozen=True)
 class Block:
-    """Steps that people know under one name: a residual block, a fuse layer, a head.
+    """Steps that people know under one name: a residual block, a fuse layer, an hourglass.
 
-    ``name`` is the qualified name of the module that holds them, ``steps`` are their outputs.
+    Hourglasses hold other blocks; apart from them a step is in one block at most. ``name`` is the qualified name of the module that holds them, ``steps`` are their outputs.
     """
 
     name: str

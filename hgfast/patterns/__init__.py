@@ -21,6 +21,7 @@ from hgfast.patterns import (
     upsample_add,
 )
 from hgfast.patterns.match import Draft, Reader
+from hgfast.patterns.rewrite import rewrite
 from hgfast.plan import Plan
 from hgfast.trace import Graph, Node, TraceError
 
@@ -47,6 +48,7 @@ def read_plan(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Plan:
     Raises:
         TraceError: a value is computed in a way that no pattern knows; the message says which.
     """
+    graph = rewrite(graph, shapes)
     reader = Reader(graph, shapes)
     drafts: list[tuple[Node, Draft]] = []
     needed = set(reader.outputs)
