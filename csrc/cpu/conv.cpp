@@ -6,12 +6,12 @@
 //
 // - A 1x1 convolution with stride 1 reads x where it lies, if the product can.
 // - In float32 each tap of a window is a pixel of x, and the product is told where each begins; a
-//   tap in the padding is a pixel of zeros. Nothing is copied, unless x has to be converted or to
-//   go through the prologue: then the block's rows of x are, once.
-// - AMX reads sixteen windows at even distances; and with few channels the taps are short. There
-//   each window is gathered into scratch, through the prologue (im2col, but of a block that stays
-//   in L2). That costs one pass over the window per pixel, against `out` multiply-adds for each of
-//   its values.
+//   tap in the padding is a pixel of zeros. With few channels a row of taps is one run, and only
+//   where it reaches into the padding is it copied. Else nothing is, unless x has to be converted,
+//   to go through the prologue, or to lie at other distances: then the block's rows of x are, once.
+// - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
+//   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
+//   window per pixel, against `out` multiply-adds for each of its values.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
 // network, they share the channels, and each reads only its own part of the weights.
@@ -68,16 +68,24 @@ struct Reach {
 
 constexpr int64_t kMostPixels = 256;     // in a task
 constexpr int64_t kInCache = 512 << 10;  // bytes: half of a small L2
+constexpr int64_t kShort = 128;          // channels: so few that a tap alone is a short run
+
+// Pixels so many values apart share the sets of the first-level cache, whose eight lines do not
+// hold a tile's twelve rows. Measured on a Cascade Lake core: half the speed.
+constexpr int64_t kWay = 4096 / sizeof(float);
 
 struct Geometry {
   int64_t pixels;  // of the job, over the batch
   Depth depth;
   enum { pointwise, gathered, in_place, converted } windows;
+  int64_t run;    // taps that are neighbours in x, and one run of the product: 1 or kernel_w
+  int64_t pitch;  // from pixel to pixel of x, as the product reads it
   int64_t block, blocks;     // pixels per task; tasks that share all pixels
   int64_t channels, groups;  // per task; tasks that share all channels
   int64_t rows = 0;          // of x that a block converts, at most
 
   int64_t tasks() const { return blocks * groups; }
+  int64_t runs(const Job& p) const { return p.kernel_h * (p.kernel_w / run); }
 
   template <class Operand, class E>
   static Geometry of(const Job& p, int threads, Operand, E) {
@@ -85,15 +93,21 @@ struct Geometry {
     Geometry g{};
     g.pixels = p.batch * p.out_height * p.out_width;
     g.depth = depth_of<Operand>(p.in, p.kernel_h, p.kernel_w);
-    const int64_t taps = p.kernel_h * p.kernel_w;
     const bool as_it_is = !p.scale && is_same<Operand, E>;
-    if (taps == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 &&
+    const bool single = p.kernel_h == 1 && p.kernel_w == 1;
+    if (single && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 &&
         p.out_height == p.height && p.out_width == p.width) {
       g.windows = pointwise;
-    } else if (tiles || (p.in < 16 && taps > 1)) {
+    } else if (tiles) {
       g.windows = gathered;
     } else {
       g.windows = as_it_is ? in_place : converted;
+    }
+    g.run = p.in <= kShort && p.dilation_w == 1 ? max(1, p.kernel_w) : 1;
+    g.pitch = p.in;
+    if (!tiles && p.in * p.stride_w % kWay == 0 && g.run == 1) {
+      g.pitch = p.in + 64 / static_cast<int64_t>(sizeof(Operand));
+      if (g.windows == in_place) g.windows = converted;
     }
 
     const int64_t pixel =
@@ -137,16 +151,20 @@ struct Geometry {
 template <class Operand>
 struct Buffers {
   Operand* a = nullptr;      // windows, or pixels of x, as the product reads them
-  Operand* zeros = nullptr;  // a pixel
-  int64_t* at = nullptr;     // (taps, block)
+  Operand* zeros = nullptr;  // a run
+  Operand* edges = nullptr;  // runs that begin or end in the padding
+  int64_t* at = nullptr;     // (runs, block)
 
   Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
-    if (g.windows == Geometry::pointwise || g.windows == Geometry::gathered)
+    if (g.windows == Geometry::pointwise)
+      a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
+    if (g.windows == Geometry::gathered)
       a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
-    if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * p.in);
+    if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
     if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
-      zeros = scratch.take<Operand>(p.in);
-      at = scratch.take<int64_t>(p.kernel_h * p.kernel_w * g.block);
+      zeros = scratch.take<Operand>(g.run * p.in);
+      at = scratch.take<int64_t>(g.runs(p) * g.block);
+      if (g.run > 1) edges = scratch.take<Operand>(g.runs(p) * g.block * g.run * p.in);
     }
   }
 };
@@ -155,9 +173,11 @@ struct Buffers {
 struct Inside {
   int64_t first, last;
 
-  Inside(int64_t origin, int64_t step, int64_t count, int64_t size)
-      : first(origin < 0 ? min(count, ceil_div(-origin, step)) : 0),
-        last(origin < size ? min(count, ceil_div(size - origin, step)) : 0) {}
+  Inside(int64_t origin, int64_t step, int64_t count, int64_t size) : first(0), last(count) {
+    if (origin >= 0 && origin + (count - 1) * step < size) return;  // no division
+    if (origin < 0) first = min(count, ceil_div(-origin, step));
+    last = origin < size ? min(count, ceil_div(size - origin, step)) : 0;
+  }
   int64_t size() const { return max(0, last - first); }
 };
 
@@ -210,36 +230,52 @@ void each_stretch(const Job& p, int64_t first, int64_t pixels, F f) {
   }
 }
 
-// Where each tap of each window begins: `at` as the product wants it, in elements from a pixel of
-// row `origin` of x; rows are numbered through the batch.
-void find_taps(const Job& p, const Geometry& g, int64_t first, int64_t pixels, int64_t origin,
-               int64_t zeros, int64_t* at) {
-  const int64_t step = p.stride_w * p.in;
-  each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
-    const int64_t image = row / p.out_height;
-    const int64_t top = row % p.out_height * p.stride_h - p.pad_h;
-    int64_t* to = at + slot;
-    for (int64_t i = 0; i < p.kernel_h; ++i) {
-      const int64_t y = top + i * p.dilation_h;
-      const bool in_map = y >= 0 && y < p.height;
-      for (int64_t j = 0; j < p.kernel_w; ++j, to += g.block) {
-        const int64_t left = column * p.stride_w - p.pad_w + j * p.dilation_w;
-        const Inside inside(left, p.stride_w, in_map ? count : 0, p.width);
-        const int64_t pixel = ((image * p.height + y - origin) * p.width + left) * p.in;
-        int64_t s = 0;
-        for (; s < inside.first; ++s) to[s] = zeros;
-        for (; s < inside.last; ++s) to[s] = pixel + s * step;
-        for (; s < count; ++s) to[s] = zeros;
-      }
-    }
-  });
-}
-
 // In elements; the two need not lie in one array.
 template <class T>
 int64_t distance(const T* from, const T* to) {
   return static_cast<int64_t>(reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) /
          static_cast<int64_t>(sizeof(T));
+}
+
+// Where each run of each window begins: `at` as the product wants it, in elements from `a`, the
+// first pixel of row `origin` of x; rows are numbered through the batch.
+template <class Operand>
+void find_runs(const Job& p, const Geometry& g, const Buffers<Operand>& buffers, int64_t first,
+               int64_t pixels, const Operand* a, int64_t origin) {
+  const int64_t step = p.stride_w * g.pitch;
+  const int64_t zeros = distance(a, static_cast<const Operand*>(buffers.zeros));
+  Operand* edge = buffers.edges;
+  each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
+    const int64_t image = row / p.out_height;
+    const int64_t top = row % p.out_height * p.stride_h - p.pad_h;
+    int64_t* to = buffers.at + slot;
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const int64_t y = top + i * p.dilation_h;
+      const bool in_map = y >= 0 && y < p.height;
+      const int64_t line = (image * p.height + y - origin) * p.width;
+      for (int64_t j = 0; j < p.kernel_w; j += g.run, to += g.block) {
+        const int64_t left = column * p.stride_w - p.pad_w + j * p.dilation_w;
+        // The window's run at `slot + s`, where it does not lie in the map as a whole.
+        const auto at_the_edge = [&](int64_t s) {
+          const int64_t from = left + s * p.stride_w;
+          const int64_t before = max(0, -from), beyond = min(g.run, p.width - from);
+          if (!in_map || before >= beyond) return zeros;
+          const int64_t size = g.run * p.in;
+          memset(static_cast<void*>(edge), 0, size * sizeof(Operand));
+          memcpy(static_cast<void*>(edge + before * p.in), a + (line + from + before) * p.in,
+                 (beyond - before) * p.in * sizeof(Operand));
+          edge += size;
+          return distance(a, static_cast<const Operand*>(edge - size));
+        };
+        const Inside inside(left, p.stride_w, in_map ? count : 0, p.width - g.run + 1);
+        const int64_t pixel = (line + left) * g.pitch;
+        int64_t s = 0;
+        for (; s < inside.first; ++s) to[s] = at_the_edge(s);
+        for (; s < inside.last; ++s) to[s] = pixel + s * step;
+        for (; s < count; ++s) to[s] = at_the_edge(s);
+      }
+    }
+  });
 }
 
 // Pixels first ... first + pixels - 1 of y as a product of one segment.
@@ -256,29 +292,31 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
       const Reach rows(p, first / p.out_width, (first + pixels - 1) / p.out_width);
       origin = rows.first;
       prologue_pixels(x + origin * p.width * p.in, max(0, rows.last - origin) * p.width, p.in,
-                      p.scale, p.shift, buffers.a);
+                      p.scale, p.shift, buffers.a, g.pitch);
     }
-    find_taps(p, g, first, pixels, origin, distance(a, static_cast<const Operand*>(buffers.zeros)),
-              buffers.at);
+    find_runs(p, g, buffers, first, pixels, a, origin);
     return {.a = a,
             .at = buffers.at,
             .stride = 0,
-            .taps = p.kernel_h * p.kernel_w,
+            .taps = g.runs(p),
             .tap_stride = 0,
-            .depth = p.in,
+            .depth = g.run * p.in,
             .b = p.weight,
             .at_step = g.block};
   }
-  for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i)
-    a_at[i] = i * g.depth.total();
-  auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
   x += first * p.in;
+  const bool dense = g.windows == Geometry::pointwise && !p.scale && g.pitch == p.in &&
+                     readable<Operand>(x, pixels, p.in);
+  const int64_t stride =
+      g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total();
+  for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
+  auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
   if (g.windows == Geometry::gathered) {
     gather<Operand, E>(p, g, first, pixels, buffers.a);
-  } else if (!p.scale && readable<Operand>(x, pixels, p.in)) {
+  } else if (dense) {
     segment.a = reinterpret_cast<const Operand*>(x);
   } else {
-    prologue_pixels(x, pixels, p.in, p.scale, p.shift, buffers.a);
+    prologue_pixels(x, pixels, p.in, p.scale, p.shift, buffers.a, stride);
   }
   return segment;
 }
@@ -288,7 +326,7 @@ void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
   const Geometry g = Geometry::of(p, threads, Operand{}, E{});
   Scratch scratch(memory);
   const Buffers<Operand> buffers(p, g, scratch);
-  if (buffers.zeros) memset(static_cast<void*>(buffers.zeros), 0, p.in * sizeof(Operand));
+  if (buffers.zeros) memset(static_cast<void*>(buffers.zeros), 0, g.run * p.in * sizeof(Operand));
   [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
   int64_t a_at[kMostPixels], y_at[kMostPixels];
   for (int64_t task = begin; task < end; ++task) {

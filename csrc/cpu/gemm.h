@@ -93,27 +93,16 @@ struct Epilogue {
     }
   }
 
-  // Finishes the sums of slots s, s + 1, ... and channels n, n + 1, ...
+  // Finishes the sums of slots s, s + 1, ... and channels n, n + 1, ...; `lanes` of the last
+  // register count.
   template <int M, int V, class Lanes>
   void finish(Vec (&sum)[M][V], int64_t s, int64_t n, Lanes lanes) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec b = load(bias + n + v * kLanes, lanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m][v] += b;
+    if constexpr (V > 1 && !is_same<Lanes, Whole>) {
+      finish_registers<0, V - 1>(sum, s, n, Whole{});
+      finish_registers<V - 1, V>(sum, s, n, lanes);
+    } else {
+      finish_registers<0, V>(sum, s, n, lanes);
     }
-    if (relu) each_sum(sum, [&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
-    if (add) {
-      each_sum(sum,
-               [&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
-    }
-    if (relu_sum) each_sum(sum, [&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
-    if (low) {
-      each_sum(sum, [&](Vec& x, int m, int v) {
-        x += load(low + low_at[s + m] + n + v * kLanes, lanes);
-      });
-    }
-    each_sum(sum, [&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
   }
 
   // The same for a tile of sums in memory, with any number of channels.
@@ -135,13 +124,35 @@ struct Epilogue {
   }
 
  private:
-  template <int M, int V, class F>
+  template <int First, int Last, int M, int V, class F>
   static void each_sum(Vec (&sum)[M][V], F f) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) f(sum[m][v], m, v);
+      for (int v = First; v < Last; ++v) f(sum[m][v], m, v);
     }
+  }
+
+  // Registers First ... Last - 1 of each slot.
+  template <int First, int Last, int M, int V, class Lanes>
+  void finish_registers(Vec (&sum)[M][V], int64_t s, int64_t n, Lanes lanes) const {
+    const auto each_sum = [&](auto f) { Epilogue::each_sum<First, Last>(sum, f); };
+#pragma GCC unroll 4
+    for (int v = First; v < Last; ++v) {
+      const Vec b = load(bias + n + v * kLanes, lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m][v] += b;
+    }
+    if (relu) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+    if (add) {
+      each_sum([&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
+    }
+    if (relu_sum) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+    if (low) {
+      each_sum(
+          [&](Vec& x, int m, int v) { x += load(low + low_at[s + m] + n + v * kLanes, lanes); });
+    }
+    each_sum([&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
   }
 };
 
@@ -177,9 +188,7 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
   if (n - n0 >= V * kLanes) {
     epilogue.finish(sum, s0, n0, Whole{});
   } else {
-    float sums[M * V * kLanes];
-    memcpy(sums, sum, sizeof sums);
-    epilogue.finish(sums, V * kLanes, M, n - n0, s0, n0);
+    epilogue.finish(sum, s0, n0, Part{static_cast<int>(n - n0 - (V - 1) * kLanes)});
   }
 }
 
