@@ -65,17 +65,27 @@ inline void check_weight(const std::string& where, const char* name, const at::T
                     ", given ", tensor.sizes());
 }
 
+// The folded BatchNorm before a block or a convolution: both vectors or neither.
+inline void check_norm(const std::string& where, const at::Device& device,
+                       const std::optional<at::Tensor>& scale,
+                       const std::optional<at::Tensor>& shift, int64_t channels) {
+  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
+                    ": expected both scale and shift or neither, given only ",
+                    scale.has_value() ? "scale" : "shift");
+  if (!scale) return;
+  check_weight(where, "scale", *scale, {channels}, device);
+  check_weight(where, "shift", *shift, {channels}, device);
+}
+
 // A bottleneck's channels, after all its weights were checked.
 struct BottleneckChannels {
   int64_t in, middle, out;
 };
-inline BottleneckChannels check_bottleneck(const std::string& where, const at::Device& device,
-                                           const at::Tensor& scale, const at::Tensor& shift,
-                                           const at::Tensor& w1, const at::Tensor& b1,
-                                           const at::Tensor& w2, const at::Tensor& b2,
-                                           const at::Tensor& w3, const at::Tensor& b3,
-                                           const std::optional<at::Tensor>& wp,
-                                           const std::optional<at::Tensor>& bp) {
+inline BottleneckChannels check_bottleneck(
+    const std::string& where, const at::Device& device, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& shift, const at::Tensor& w1, const at::Tensor& b1,
+    const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
+    const std::optional<at::Tensor>& wp, const std::optional<at::Tensor>& bp) {
   TORCH_CHECK_VALUE(w1.dim() == 4 && w3.dim() == 4, where,
                     ": expected w1 of shape (middle, in, 1, 1) and w3 of shape "
                     "(out, middle, 1, 1), given ",
@@ -84,8 +94,7 @@ inline BottleneckChannels check_bottleneck(const std::string& where, const at::D
   TORCH_CHECK_VALUE(in > 0 && middle > 0 && out > 0, where,
                     ": expected at least one channel everywhere, given w1 of shape ", w1.sizes(),
                     " and w3 of shape ", w3.sizes());
-  check_weight(where, "scale", scale, {in}, device);
-  check_weight(where, "shift", shift, {in}, device);
+  check_norm(where, device, scale, shift, in);
   check_weight(where, "w1", w1, {middle, in, 1, 1}, device);
   check_weight(where, "b1", b1, {middle}, device);
   check_weight(where, "w2", w2, {middle, middle, 3, 3}, device);
@@ -105,11 +114,18 @@ inline BottleneckChannels check_bottleneck(const std::string& where, const at::D
   return {in, middle, out};
 }
 
+// A setting for height and width.
+inline void check_pair(const std::string& where, const char* names, at::IntArrayRef pair,
+                       int64_t least) {
+  TORCH_CHECK_VALUE(pair.size() == 2 && pair[0] >= least && pair[1] >= least, where,
+                    ": expected two ", names, " of at least ", least, ", given ", pair);
+}
+
 // A convolution's weights and settings.
 inline void check_conv(const std::string& where, const at::Device& device, const at::Tensor& weight,
                        const at::Tensor& bias, const std::optional<at::Tensor>& scale,
                        const std::optional<at::Tensor>& shift, at::IntArrayRef stride,
-                       at::IntArrayRef padding) {
+                       at::IntArrayRef padding, at::IntArrayRef dilation) {
   TORCH_CHECK_VALUE(weight.dim() == 4, where,
                     ": expected weight of shape (out, in, kernel height, kernel width), given ",
                     weight.sizes());
@@ -117,27 +133,42 @@ inline void check_conv(const std::string& where, const at::Device& device, const
                     weight.sizes());
   check_weight(where, "weight", weight, weight.sizes(), device);
   check_weight(where, "bias", bias, {weight.size(0)}, device);
-  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
-                    ": expected both scale and shift or neither, given only ",
-                    scale.has_value() ? "scale" : "shift");
-  if (scale) {
-    check_weight(where, "scale", *scale, {weight.size(1)}, device);
-    check_weight(where, "shift", *shift, {weight.size(1)}, device);
-  }
-  TORCH_CHECK_VALUE(stride.size() == 2 && stride[0] > 0 && stride[1] > 0, where,
-                    ": expected two strides of at least 1, given ", stride);
-  TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, where,
-                    ": expected two paddings of at least 0, given ", padding);
+  check_norm(where, device, scale, shift, weight.size(1));
+  check_pair(where, "strides", stride, 1);
+  check_pair(where, "paddings", padding, 0);
+  check_pair(where, "dilations", dilation, 1);
 }
 
 inline void check_conv_input(const std::string& where, const Shape& x, int64_t channels,
-                             at::IntArrayRef kernel, at::IntArrayRef padding) {
+                             at::IntArrayRef kernel, at::IntArrayRef padding,
+                             at::IntArrayRef dilation) {
   TORCH_CHECK_VALUE(x.channels == channels, where, ": expected x of ", channels,
                     " channels, as the weight has, given ", x);
-  TORCH_CHECK_VALUE(x.height + 2 * padding[0] >= kernel[0] && x.width + 2 * padding[1] >= kernel[1],
-                    where,
+  const int64_t height = (kernel[0] - 1) * dilation[0] + 1;
+  const int64_t width = (kernel[1] - 1) * dilation[1] + 1;
+  TORCH_CHECK_VALUE(x.height + 2 * padding[0] >= height && x.width + 2 * padding[1] >= width, where,
                     ": expected x, with its padding, to be at least as large as the kernel of ",
-                    kernel[0], "x", kernel[1], ", given ", x);
+                    height, "x", width, ", given ", x);
+}
+
+// A transposed convolution's weight and settings.
+inline void check_conv_transpose(const std::string& where, const at::Device& device,
+                                 const at::Tensor& weight, const at::Tensor& bias,
+                                 at::IntArrayRef stride, at::IntArrayRef padding,
+                                 at::IntArrayRef output_padding) {
+  TORCH_CHECK_VALUE(weight.dim() == 4, where,
+                    ": expected weight of shape (in, out, kernel height, kernel width), given ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(weight.numel() > 0, where, ": expected a weight that is not empty, given ",
+                    weight.sizes());
+  check_weight(where, "weight", weight, weight.sizes(), device);
+  check_weight(where, "bias", bias, {weight.size(1)}, device);
+  check_pair(where, "strides", stride, 1);
+  check_pair(where, "paddings", padding, 0);
+  check_pair(where, "output paddings", output_padding, 0);
+  TORCH_CHECK_VALUE(output_padding[0] < stride[0] && output_padding[1] < stride[1], where,
+                    ": expected output paddings below the strides of ", stride, ", given ",
+                    output_padding);
 }
 
 // What a map must be, to be enlarged `1 << shift` times onto a map of shape `full`.

@@ -6,12 +6,14 @@
 #include <ATen/Parallel.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <ostream>
 #include <string>
+#include <vector>
 
 #include "binding.h"
 #include "cpu/kernels.h"
@@ -67,13 +69,15 @@ struct BottleneckWeights {
   std::array<at::Tensor, 10> owned;
 
   BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
-                    const at::Tensor& scale, const at::Tensor& shift, const at::Tensor& w1,
-                    const at::Tensor& b1, const at::Tensor& w2, const at::Tensor& b2,
-                    const at::Tensor& w3, const at::Tensor& b3, const std::optional<at::Tensor>& wp,
-                    const std::optional<at::Tensor>& bp) {
+                    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
+                    const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+                    const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
+                    const std::optional<at::Tensor>& wp, const std::optional<at::Tensor>& bp,
+                    bool relu) {
     const auto [in, middle, out] =
         check_bottleneck(where, at::kCPU, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
     params.element = element;
+    params.relu = relu;
     params.in = in;
     params.middle = middle;
     params.out = out;
@@ -84,8 +88,10 @@ struct BottleneckWeights {
     const auto packed = [&](const at::Tensor& tensor) {
       return (owned[next++] = pack_weight(kernels, element, tensor)).const_data_ptr();
     };
-    params.scale = floats(scale);
-    params.shift = floats(shift);
+    if (scale) {
+      params.scale = floats(*scale);
+      params.shift = floats(*shift);
+    }
     params.w1 = packed(w1);
     params.b1 = floats(b1);
     params.w2 = packed(w2);
@@ -118,8 +124,9 @@ struct ConvWeights {
   ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
-              at::IntArrayRef stride, at::IntArrayRef padding, bool relu) {
-    check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding);
+              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu,
+              bool relu_sum) {
+    check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding, dilation);
     params.element = element;
     params.out = weight.size(0);
     params.in = weight.size(1);
@@ -129,7 +136,10 @@ struct ConvWeights {
     params.stride_w = stride[1];
     params.pad_h = padding[0];
     params.pad_w = padding[1];
+    params.dilation_h = dilation[0];
+    params.dilation_w = dilation[1];
     params.relu = relu;
+    params.relu_sum = relu_sum;
     owned[0] = pack_weight(kernels, element, weight);
     owned[1] = own_floats(bias);
     params.weight = owned[0].const_data_ptr();
@@ -144,12 +154,121 @@ struct ConvWeights {
 
   cpu::ConvParams at(const std::string& where, const Shape& x) const {
     check_conv_input(where, x, params.in, {params.kernel_h, params.kernel_w},
-                     {params.pad_h, params.pad_w});
+                     {params.pad_h, params.pad_w}, {params.dilation_h, params.dilation_w});
     cpu::ConvParams p = params;
     p.batch = x.batch;
     p.height = x.height;
     p.width = x.width;
     return p;
+  }
+};
+
+// A transposed convolution's weights, likewise: those of each phase (cpu/kernels.h) packed for
+// themselves.
+struct ConvTransposeWeights {
+  cpu::ConvTransposeParams params{};
+  std::array<int64_t, 2> output_padding;
+  std::array<at::Tensor, 2> owned;
+
+  ConvTransposeWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+                       const at::Tensor& weight, const at::Tensor& bias, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef output_padding, bool relu,
+                       bool relu_sum)
+      : output_padding{output_padding[0], output_padding[1]} {
+    check_conv_transpose(where, at::kCPU, weight, bias, stride, padding, output_padding);
+    params.element = element;
+    params.in = weight.size(0);
+    params.out = weight.size(1);
+    params.kernel_h = weight.size(2);
+    params.kernel_w = weight.size(3);
+    params.stride_h = stride[0];
+    params.stride_w = stride[1];
+    params.pad_h = padding[0];
+    params.pad_w = padding[1];
+    params.relu = relu;
+    params.relu_sum = relu_sum;
+    std::vector<at::Tensor> phases;
+    for (int64_t i = 0; i < std::min(stride[0], params.kernel_h); ++i)
+      for (int64_t j = 0; j < std::min(stride[1], params.kernel_w); ++j)
+        phases.push_back(pack_weight(kernels, element,
+                                     weight.detach()
+                                         .slice(2, i, std::nullopt, stride[0])
+                                         .slice(3, j, std::nullopt, stride[1])
+                                         .flip({2, 3})
+                                         .transpose(0, 1)));
+    owned[0] = at::cat(phases);
+    owned[1] = own_floats(bias);
+    params.weight = owned[0].const_data_ptr();
+    params.bias = owned[1].const_data_ptr<float>();
+  }
+
+  cpu::ConvTransposeParams at(const std::string& where, const Shape& x) const {
+    TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
+                      " channels, as the weight has, given ", x);
+    cpu::ConvTransposeParams p = params;
+    p.batch = x.batch;
+    p.height = x.height;
+    p.width = x.width;
+    p.out_height = (x.height - 1) * p.stride_h - 2 * p.pad_h + p.kernel_h + output_padding[0];
+    p.out_width = (x.width - 1) * p.stride_w - 2 * p.pad_w + p.kernel_w + output_padding[1];
+    TORCH_CHECK_VALUE(p.out_height > 0 && p.out_width > 0, where,
+                      ": expected x large enough for a result of at least one row and column, "
+                      "given ",
+                      x);
+    return p;
+  }
+};
+
+// A pool's settings; the parameters lack only the maps and their sizes.
+struct PoolSettings {
+  cpu::PoolParams params{};
+  bool ceil_mode;
+
+  PoolSettings(const std::string& where, cpu::Element element, const std::string& mode,
+               at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+               bool ceil_mode, bool count_include_pad)
+      : ceil_mode(ceil_mode) {
+    TORCH_CHECK_VALUE(mode == "max" || mode == "avg", where,
+                      ": expected the mode \"max\" or \"avg\", given \"", mode, "\"");
+    check_pair(where, "kernel sizes", kernel, 1);
+    check_pair(where, "strides", stride, 1);
+    check_pair(where, "paddings", padding, 0);
+    TORCH_CHECK_VALUE(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1], where,
+                      ": expected paddings of at most half the kernel of ", kernel, ", given ",
+                      padding);
+    params.element = element;
+    params.mean = mode == "avg";
+    params.count_pad = count_include_pad;
+    params.kernel_h = kernel[0];
+    params.kernel_w = kernel[1];
+    params.stride_h = stride[0];
+    params.stride_w = stride[1];
+    params.pad_h = padding[0];
+    params.pad_w = padding[1];
+  }
+
+  cpu::PoolParams at(const std::string& where, const Shape& x) const {
+    cpu::PoolParams p = params;
+    p.batch = x.batch;
+    p.height = x.height;
+    p.width = x.width;
+    p.channels = x.channels;
+    p.out_height = windows(x.height, p.kernel_h, p.stride_h, p.pad_h);
+    p.out_width = windows(x.width, p.kernel_w, p.stride_w, p.pad_w);
+    TORCH_CHECK_VALUE(p.out_height > 0 && p.out_width > 0, where,
+                      ": expected x, with its padding, to be at least as large as the window of ",
+                      p.kernel_h, "x", p.kernel_w, ", given ", x);
+    return p;
+  }
+
+ private:
+  int64_t windows(int64_t size, int64_t kernel, int64_t stride, int64_t pad) const {
+    const int64_t room = size + 2 * pad - kernel;
+    if (room < 0 && !(ceil_mode && room > -stride)) return 0;
+    int64_t count = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+    // The last window begins in the map or in the padding before it.
+    if (ceil_mode && (count - 1) * stride >= size + pad) --count;
+    return count;
   }
 };
 
@@ -159,8 +278,20 @@ inline Shape result_of(const cpu::BottleneckParams& p) {
 }
 
 inline Shape result_of(const cpu::ConvParams& p) {
-  return {p.batch, p.out, (p.height + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1,
-          (p.width + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1};
+  const auto windows = [](int64_t size, int64_t kernel, int64_t stride, int64_t pad,
+                          int64_t dilation) {
+    return (size + 2 * pad - (kernel - 1) * dilation - 1) / stride + 1;
+  };
+  return {p.batch, p.out, windows(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h),
+          windows(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w)};
+}
+
+inline Shape result_of(const cpu::ConvTransposeParams& p) {
+  return {p.batch, p.out, p.out_height, p.out_width};
+}
+
+inline Shape result_of(const cpu::PoolParams& p) {
+  return {p.batch, p.channels, p.out_height, p.out_width};
 }
 
 // Memory that kernels may write to, kAlignment-aligned.

@@ -32,15 +32,15 @@ Tensor second_map(const char* where, const char* name, const Tensor& map, const 
   return channels_last(map);
 }
 
-Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& w1,
-                  const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& w3,
-                  const Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
-                  const OptionalTensor& low) {
+Tensor bottleneck(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                  const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                  const Tensor& w3, const Tensor& b3, const OptionalTensor& wp,
+                  const OptionalTensor& bp, const OptionalTensor& low, bool relu) {
   const char* where = "hgfast::bottleneck";
   const auto& kernels = cpu::kernels();
   const Shape shape = map_shape(where, "x", x);
   const BottleneckWeights weights(where, kernels, element_of(x), scale, shift, w1, b1, w2, b2, w3,
-                                  b3, wp, bp);
+                                  b3, wp, bp, relu);
   auto p = weights.at(where, shape);
   const Shape result = result_of(p);
   Tensor half;
@@ -62,12 +62,12 @@ Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, con
 
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
             const OptionalTensor& shift, at::IntArrayRef stride, at::IntArrayRef padding, bool relu,
-            const OptionalTensor& add) {
+            const OptionalTensor& add, at::IntArrayRef dilation, bool relu_sum) {
   const char* where = "hgfast::conv";
   const auto& kernels = cpu::kernels();
   const Shape shape = map_shape(where, "x", x);
   const ConvWeights weights(where, kernels, element_of(x), weight, bias, scale, shift, stride,
-                            padding, relu);
+                            padding, dilation, relu, relu_sum);
   auto p = weights.at(where, shape);
   const Shape result = result_of(p);
   Tensor other;

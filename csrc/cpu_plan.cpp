@@ -37,12 +37,16 @@ bool is_dense_nhwc(const at::Tensor& map, cpu::Element element) {
          map.is_contiguous(at::MemoryFormat::ChannelsLast) && aligned_pointer(map.const_data_ptr());
 }
 
+std::array<int64_t, 2> both(const CpuPlan::Pair& pair) { return {pair.first, pair.second}; }
+
 }  // namespace
 
 // ---- recording ----
 
-CpuPlan::CpuPlan(const std::string& element)
-    : kernels_(cpu::kernels()), element_(element_named(element)) {}
+CpuPlan::CpuPlan(const std::string& element, std::shared_ptr<Arena> arena)
+    : kernels_(cpu::kernels()),
+      element_(element_named(element)),
+      arena_(arena ? std::move(arena) : std::make_shared<Arena>()) {}
 
 std::string CpuPlan::where(const char* op) const {
   return "step " + std::to_string(steps_.size()) + " (" + op + ")";
@@ -89,15 +93,15 @@ static Launch make_launch(const Shape& result, const Params& params, int threads
   return launch;
 }
 
-void CpuPlan::bottleneck(Id input, Id output, const at::Tensor& scale, const at::Tensor& shift,
-                         const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
-                         const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
-                         const OptionalTensor& wp, const OptionalTensor& bp,
-                         std::optional<Id> low) {
+void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
+                         const OptionalTensor& shift, const at::Tensor& w1, const at::Tensor& b1,
+                         const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
+                         const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
+                         std::optional<Id> low, bool relu) {
   const char* op = "bottleneck";
   const std::string place = where(op);
   const auto weights = std::make_shared<const BottleneckWeights>(
-      place, kernels_, element_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
+      place, kernels_, element_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
   const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
   std::vector<Slot> reads = {x};
   if (low) reads.push_back(half);
@@ -118,15 +122,13 @@ void CpuPlan::bottleneck(Id input, Id output, const at::Tensor& scale, const at:
 }
 
 void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
-                   const OptionalTensor& scale, const OptionalTensor& shift,
-                   std::pair<int64_t, int64_t> stride, std::pair<int64_t, int64_t> padding,
-                   bool relu, std::optional<Id> add) {
+                   const OptionalTensor& scale, const OptionalTensor& shift, Pair stride,
+                   Pair padding, Pair dilation, bool relu, std::optional<Id> add, bool relu_sum) {
   const char* op = "conv";
   const std::string place = where(op);
-  const auto weights =
-      std::make_shared<const ConvWeights>(place, kernels_, element_, weight, bias, scale, shift,
-                                          at::IntArrayRef({stride.first, stride.second}),
-                                          at::IntArrayRef({padding.first, padding.second}), relu);
+  const auto weights = std::make_shared<const ConvWeights>(
+      place, kernels_, element_, weight, bias, scale, shift, both(stride), both(padding),
+      both(dilation), relu, relu_sum);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
@@ -146,19 +148,46 @@ void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tens
   });
 }
 
-void CpuPlan::max_pool(Id input, Id output) {
-  const char* op = "max_pool";
+void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
+                             Pair stride, Pair padding, Pair output_padding, bool relu,
+                             std::optional<Id> add, bool relu_sum) {
+  const char* op = "conv_transpose";
   const std::string place = where(op);
+  const auto weights = std::make_shared<const ConvTransposeWeights>(
+      place, kernels_, element_, weight, bias, both(stride), both(padding), both(output_padding),
+      relu, relu_sum);
+  const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
+  std::vector<Slot> reads = {x};
+  if (add) reads.push_back(other);
+  const auto* kernels = &kernels_;
+  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+    auto p = weights->at(place, shapes[x]);
+    const Shape result = result_of(p);
+    if (other >= 0) check_shape(place, "add", shapes[other], result);
+    p.x = p.y = some_map;
+    p.add = other >= 0 ? some_map : nullptr;
+    return make_launch<Launch>(result, p, threads, kernels->plan_conv_transpose,
+                               kernels->conv_transpose,
+                               [weights, x, y, other](auto& params, void* const* slots) {
+                                 params.x = slots[x];
+                                 params.y = slots[y];
+                                 if (other >= 0) params.add = slots[other];
+                               });
+  });
+}
+
+void CpuPlan::pool(Id input, Id output, const std::string& mode, Pair kernel, Pair stride,
+                   Pair padding, bool ceil_mode, bool count_include_pad) {
+  const char* op = "pool";
+  const std::string place = where(op);
+  const PoolSettings settings(place, element_, mode, both(kernel), both(stride), both(padding),
+                              ceil_mode, count_include_pad);
   const Slot x = value(input), y = value(output);
   const auto* kernels = &kernels_;
-  record(op, {x}, output, [=, element = element_](const std::vector<Shape>& shapes, int threads) {
-    const Shape& full = shapes[x];
-    TORCH_CHECK_VALUE(full.height >= 2 && full.width >= 2, place,
-                      ": expected at least two rows and columns to pool, given ", full);
-    const Shape result = {full.batch, full.channels, full.height / 2, full.width / 2};
-    const cpu::MaxPoolParams p{element,       full.batch, full.height, full.width,
-                               full.channels, some_map,   some_map};
-    return make_launch<Launch>(result, p, threads, kernels->plan_max_pool, kernels->max_pool,
+  record(op, {x}, output, [=](const std::vector<Shape>& shapes, int threads) {
+    auto p = settings.at(place, shapes[x]);
+    p.x = p.y = some_map;
+    return make_launch<Launch>(result_of(p), p, threads, kernels->plan_pool, kernels->pool,
                                [x, y](auto& params, void* const* slots) {
                                  params.x = slots[x];
                                  params.y = slots[y];
@@ -166,34 +195,87 @@ void CpuPlan::max_pool(Id input, Id output) {
   });
 }
 
-void CpuPlan::upsample_add(Id low, Id skip, Id output) {
-  const char* op = "upsample_add";
+void CpuPlan::concat(const std::vector<Id>& inputs, Id output, std::optional<Id> add) {
+  const char* op = "concat";
   const std::string place = where(op);
-  const Slot half = value(low), full = value(skip), y = value(output);
+  constexpr size_t kMaps = cpu::ConcatParams::kMaps;
+  TORCH_CHECK_VALUE(!inputs.empty() && inputs.size() <= kMaps, place, ": expected 1 to ", kMaps,
+                    " maps to concatenate, given ", inputs.size());
+  std::vector<Slot> maps;
+  for (const Id id : inputs) maps.push_back(value(id));
+  const Slot y = value(output), other = add ? value(*add) : -1;
+  std::vector<Slot> reads = maps;
+  if (add) reads.push_back(other);
   const auto* kernels = &kernels_;
-  record(op, {half, full}, output,
-         [=, element = element_](const std::vector<Shape>& shapes, int threads) {
-           const Shape& result = shapes[full];
-           check_shape(place, "low", shapes[half], half_of(place, result));
-           cpu::UpsampleAddParams p{};
-           p.element = element;
-           p.batch = result.batch;
-           p.height = result.height;
-           p.width = result.width;
-           p.channels = result.channels;
-           p.maps = 1;
-           p.shift[0] = 1;
-           return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
-                                      kernels->upsample_add,
-                                      [half, full, y](auto& params, void* const* slots) {
-                                        params.low[0] = slots[half];
-                                        params.skip = slots[full];
-                                        params.y = slots[y];
-                                      });
-         });
+  record(op, reads, output, [=, element = element_](const std::vector<Shape>& shapes, int threads) {
+    Shape result = shapes[maps[0]];
+    result.channels = 0;
+    cpu::ConcatParams p{};
+    p.element = element;
+    p.pixels = result.batch * result.height * result.width;
+    for (const Slot map : maps) {
+      Shape expected = result;
+      p.channels[p.maps] = expected.channels = shapes[map].channels;
+      check_shape(place, c10::str("input ", p.maps).c_str(), shapes[map], expected);
+      ++p.maps;
+      result.channels += expected.channels;
+    }
+    if (other >= 0) check_shape(place, "add", shapes[other], result);
+    return make_launch<Launch>(result, p, threads, kernels->plan_concat, kernels->concat,
+                               [maps, y, other](auto& params, void* const* slots) {
+                                 for (size_t i = 0; i < maps.size(); ++i)
+                                   params.x[i] = slots[maps[i]];
+                                 params.y = slots[y];
+                                 if (other >= 0) params.add = slots[other];
+                               });
+  });
 }
 
-void CpuPlan::add(Id a, Id b, Id output) {
+void CpuPlan::upsample_add(const std::vector<Id>& lows, const std::vector<int64_t>& factors,
+                           Id skip, Id output, bool relu) {
+  const char* op = "upsample_add";
+  const std::string place = where(op);
+  check_map_count(place, lows.size());
+  TORCH_CHECK_VALUE(lows.size() == factors.size(), place,
+                    ": expected a factor for each map, given ", factors.size(), " for ",
+                    lows.size());
+  cpu::UpsampleAddParams settings{};
+  settings.element = element_;
+  settings.relu = relu;
+  for (const int64_t factor : factors) {
+    int shift = 0;
+    while (shift < kMostDoublings && int64_t{1} << shift < factor) ++shift;
+    TORCH_CHECK_VALUE(int64_t{1} << shift == factor, place,
+                      ": expected factors out of 1, 2, 4, 8, given ", factor);
+    settings.shift[settings.maps++] = shift;
+  }
+  std::vector<Slot> maps;
+  for (const Id id : lows) maps.push_back(value(id));
+  const Slot full = value(skip), y = value(output);
+  std::vector<Slot> reads = maps;
+  reads.push_back(full);
+  const auto* kernels = &kernels_;
+  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+    const Shape& result = shapes[full];
+    cpu::UpsampleAddParams p = settings;
+    for (int i = 0; i < p.maps; ++i)
+      check_shape(place, "low", shapes[maps[i]], reduced(place, result, p.shift[i]));
+    p.batch = result.batch;
+    p.height = result.height;
+    p.width = result.width;
+    p.channels = result.channels;
+    return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
+                               kernels->upsample_add,
+                               [maps, full, y](auto& params, void* const* slots) {
+                                 for (size_t i = 0; i < maps.size(); ++i)
+                                   params.low[i] = slots[maps[i]];
+                                 params.skip = slots[full];
+                                 params.y = slots[y];
+                               });
+  });
+}
+
+void CpuPlan::add(Id a, Id b, Id output, bool relu) {
   const char* op = "add";
   const std::string place = where(op);
   const Slot left = value(a), right = value(b), y = value(output);
@@ -202,7 +284,7 @@ void CpuPlan::add(Id a, Id b, Id output) {
          [=, element = element_](const std::vector<Shape>& shapes, int threads) {
            const Shape& result = shapes[left];
            check_shape(place, "b", shapes[right], result);
-           const cpu::AddParams p{element, result.count(), some_map, some_map, some_map};
+           const cpu::AddParams p{element, relu, result.count(), some_map, some_map, some_map};
            return make_launch<Launch>(result, p, threads, kernels->plan_add, kernels->add,
                                       [left, right, y](auto& params, void* const* slots) {
                                         params.a = slots[left];
@@ -395,7 +477,7 @@ void CpuPlan::place(Layout& layout, const std::vector<Shape>& shapes, int64_t el
 
 // ---- running ----
 
-CpuPlan::Pool::Block CpuPlan::Pool::take(size_t bytes) {
+Arena::Block Arena::take(size_t bytes) {
   Block block;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -414,7 +496,7 @@ CpuPlan::Pool::Block CpuPlan::Pool::take(size_t bytes) {
   return block;
 }
 
-void CpuPlan::Pool::give(Block block) {
+void Arena::give(Block block) {
   const std::lock_guard<std::mutex> lock(mutex_);
   idle_.push_back(std::move(block));
 }
@@ -483,12 +565,12 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
   }
 
   if (!layout->launches.empty()) {
-    Pool::Block block = pool_.take(layout->bytes());
+    Arena::Block block = arena_->take(layout->bytes());
     char* base = static_cast<char*>(block.memory.get());
     for (size_t value = 0; value < values; ++value)
       if (layout->offsets[value] >= 0) slots[value] = base + layout->offsets[value];
     execute(*layout, slots.data(), base + layout->arena);
-    pool_.give(std::move(block));
+    arena_->give(std::move(block));
     if (layout->last_op) last_path() = {kernels_.name, layout->last_op};
   }
   std::vector<at::Tensor> outputs;

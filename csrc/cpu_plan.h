@@ -4,8 +4,8 @@
 // from then on `run` may be called from any number of threads. For each shape of input (the last
 // eight are kept) a layout is worked out once: the shape of every value, how each kernel splits
 // into tasks, and where in one arena each value lives, by first fit over lifetimes, so that a whole
-// network needs little more memory than its widest moment. Arenas come from a pool that belongs to
-// the plan: fresh pages cost milliseconds.
+// network needs little more memory than its widest moment. Arenas come from a pool: fresh pages
+// cost milliseconds. Plans that run one after the other can share one.
 //
 // A run opens one parallel region, in which every thread walks the steps (cpu_team.h): cheaper than
 // to start and end the threads' work for every step. No Tensor is created but the outputs.
@@ -27,24 +27,49 @@
 
 namespace hgfast {
 
+// The memory in which plans run: blocks at rest, as many as there were ever runs at once, none
+// larger than was asked for.
+class Arena {
+ public:
+  struct Block {
+    Memory memory;
+    size_t bytes = 0;
+  };
+  Block take(size_t bytes);
+  void give(Block block);
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> idle_;
+};
+
 class CpuPlan {
  public:
   using Id = int64_t;  // a value's number; the caller chooses it
+  using Pair = std::pair<int64_t, int64_t>;
   using OptionalTensor = std::optional<at::Tensor>;
 
-  explicit CpuPlan(const std::string& element);  // "float32" or "bfloat16"
+  // "float32" or "bfloat16"; without an arena, one of its own.
+  explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr);
 
-  void bottleneck(Id input, Id output, const at::Tensor& scale, const at::Tensor& shift,
+  // Formulas in cpu/kernels.h; settings as torch.nn.functional has them.
+  void bottleneck(Id input, Id output, const OptionalTensor& scale, const OptionalTensor& shift,
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
-                  const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low);
+                  const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
+                  bool relu);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
-            const OptionalTensor& scale, const OptionalTensor& shift,
-            std::pair<int64_t, int64_t> stride, std::pair<int64_t, int64_t> padding, bool relu,
-            std::optional<Id> add);
-  void max_pool(Id input, Id output);
-  void upsample_add(Id low, Id skip, Id output);
-  void add(Id a, Id b, Id output);
+            const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
+            Pair dilation, bool relu, std::optional<Id> add, bool relu_sum);
+  void conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
+                      Pair stride, Pair padding, Pair output_padding, bool relu,
+                      std::optional<Id> add, bool relu_sum);
+  void pool(Id input, Id output, const std::string& mode, Pair kernel, Pair stride, Pair padding,
+            bool ceil_mode, bool count_include_pad);
+  void concat(const std::vector<Id>& inputs, Id output, std::optional<Id> add);
+  void upsample_add(const std::vector<Id>& lows, const std::vector<int64_t>& factors, Id skip,
+                    Id output, bool relu);
+  void add(Id a, Id b, Id output, bool relu);
   void finish(const std::vector<Id>& inputs, const std::vector<Id>& outputs,
               bool as_computed = false);
 
@@ -99,21 +124,6 @@ class CpuPlan {
     size_t bytes() const { return arena + threads * scratch + turns; }
   };
 
-  // Arenas at rest. As many as there were ever runs at once, none larger than was asked for.
-  class Pool {
-   public:
-    struct Block {
-      Memory memory;
-      size_t bytes = 0;
-    };
-    Block take(size_t bytes);
-    void give(Block block);
-
-   private:
-    std::mutex mutex_;
-    std::vector<Block> idle_;
-  };
-
   std::string where(const char* op) const;
   Slot value(Id id);
   void record(const char* op, std::vector<Slot> reads, Id output,
@@ -139,7 +149,7 @@ class CpuPlan {
 
   mutable std::mutex mutex_;
   mutable std::vector<std::shared_ptr<const Layout>> layouts_;  // the latest used first
-  mutable Pool pool_;
+  const std::shared_ptr<Arena> arena_;
 };
 
 }  // namespace hgfast

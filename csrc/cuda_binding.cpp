@@ -97,12 +97,8 @@ CudaBottleneck::CudaBottleneck(const std::string& where, at::ScalarType element,
                     ", given ", device);
   TORCH_CHECK_VALUE(element == at::kBFloat16 || element == at::kHalf, where,
                     ": expected bfloat16 or float16, given ", element);
-  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), where,
-                    ": expected both scale and shift or neither, given only ",
-                    scale ? "scale" : "shift");
-  const Tensor none = w1.dim() == 4 ? at::empty({w1.size(1)}, w1.options()) : w1;
-  const auto [in, middle, out] = check_bottleneck(
-      where, device, scale.value_or(none), shift.value_or(none), w1, b1, w2, b2, w3, b3, wp, bp);
+  const auto [in, middle, out] =
+      check_bottleneck(where, device, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
   TORCH_CHECK_VALUE(in % 16 == 0 && middle % 16 == 0 && out % 16 == 0, where,
                     ": expected channels in multiples of 16 on a GPU, given ", in, " -> ", middle,
                     " -> ", out);

@@ -23,28 +23,28 @@ struct Inference {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-Tensor bottleneck(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& w1,
-                  const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& w3,
-                  const Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
-                  const OptionalTensor& low) {
+Tensor bottleneck(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                  const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                  const Tensor& w3, const Tensor& b3, const OptionalTensor& wp,
+                  const OptionalTensor& bp, const OptionalTensor& low, bool relu) {
   const Inference guard;
   const CudaBottleneck block("hgfast::bottleneck", x.scalar_type(), scale, shift, w1, b1, w2, b2,
-                             w3, b3, wp, bp, /*relu=*/false);
+                             w3, b3, wp, bp, relu);
   return block.run(x, low, /*pool=*/false);
 }
 
 // cuDNN's convolution with pointwise kernels around it: no kernel of our own so far.
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
             const OptionalTensor& shift, at::IntArrayRef stride, at::IntArrayRef padding, bool relu,
-            const OptionalTensor& add) {
+            const OptionalTensor& add, at::IntArrayRef dilation, bool relu_sum) {
   const Inference guard;
   const char* where = "hgfast::conv";
   const Shape shape = shape_of(where, "x", x);
   const auto type = x.scalar_type();
   TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, where,
                     ": expected x in float32, bfloat16 or float16, given ", type);
-  check_conv(where, x.device(), weight, bias, scale, shift, stride, padding);
-  check_conv_input(where, shape, weight.size(1), weight.sizes().slice(2), padding);
+  check_conv(where, x.device(), weight, bias, scale, shift, stride, padding, dilation);
+  check_conv_input(where, shape, weight.size(1), weight.sizes().slice(2), padding, dilation);
   Tensor t = x.contiguous(at::MemoryFormat::ChannelsLast);
   if (scale) {
     const auto channels = [&](const Tensor& v) { return v.to(at::kFloat).view({1, -1, 1, 1}); };
@@ -53,7 +53,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
             .to(x.scalar_type());
   }
   Tensor y = at::conv2d(t, weight.to(t.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast),
-                        bias.to(t.scalar_type()), stride, padding);
+                        bias.to(t.scalar_type()), stride, padding, dilation);
   if (relu) y.relu_();
   if (add) {
     TORCH_CHECK_VALUE(add->sizes() == y.sizes() && add->scalar_type() == y.scalar_type(), where,
@@ -61,6 +61,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
                       add->sizes(), " in ", add->scalar_type());
     y.add_(*add);
   }
+  if (relu_sum) y.relu_();
   last_path() = {"cuda", "conv2d"};
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }

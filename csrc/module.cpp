@@ -3,6 +3,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,24 +36,38 @@ auto translated(Function function) {
 
 void bind_cpu_plan(py::module_& m) {
   using py::arg;
+  const CpuPlan::Pair one(1, 1), zero(0, 0);
+  py::class_<hgfast::Arena, std::shared_ptr<hgfast::Arena>>(
+      m, "Arena", "The memory in which plans run: for plans that run one after the other.")
+      .def(py::init<>());
   py::class_<CpuPlan>(m, "CpuPlan",
                       "A network's steps over numbered values, weights packed once, run in one "
                       "call. Record the steps, finish(), then run() from any thread.")
-      .def(py::init(translated(
-               [](const std::string& element) { return std::make_unique<CpuPlan>(element); })),
-           arg("element"))
+      .def(
+          py::init(translated([](const std::string& element, std::shared_ptr<hgfast::Arena> arena) {
+            return std::make_unique<CpuPlan>(element, std::move(arena));
+          })),
+          arg("element"), arg("arena") = py::none())
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
-           arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none())
+           arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
+           arg("relu") = false)
       .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
-           arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(),
-           arg("stride") = std::pair<int64_t, int64_t>(1, 1),
-           arg("padding") = std::pair<int64_t, int64_t>(0, 0), arg("relu") = false,
+           arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(), arg("stride") = one,
+           arg("padding") = zero, arg("dilation") = one, arg("relu") = false,
+           arg("add") = py::none(), arg("relu_sum") = false)
+      .def("conv_transpose", translated(&CpuPlan::conv_transpose), arg("input"), arg("output"),
+           arg("weight"), arg("bias"), arg("stride") = one, arg("padding") = zero,
+           arg("output_padding") = zero, arg("relu") = false, arg("add") = py::none(),
+           arg("relu_sum") = false)
+      .def("pool", translated(&CpuPlan::pool), arg("input"), arg("output"), arg("mode"),
+           arg("kernel"), arg("stride"), arg("padding") = zero, arg("ceil_mode") = false,
+           arg("count_include_pad") = true)
+      .def("concat", translated(&CpuPlan::concat), arg("inputs"), arg("output"),
            arg("add") = py::none())
-      .def("max_pool", translated(&CpuPlan::max_pool), arg("input"), arg("output"))
-      .def("upsample_add", translated(&CpuPlan::upsample_add), arg("low"), arg("skip"),
-           arg("output"))
-      .def("add", translated(&CpuPlan::add), arg("a"), arg("b"), arg("output"))
+      .def("upsample_add", translated(&CpuPlan::upsample_add), arg("lows"), arg("factors"),
+           arg("skip"), arg("output"), arg("relu") = false)
+      .def("add", translated(&CpuPlan::add), arg("a"), arg("b"), arg("output"), arg("relu") = false)
       .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
            arg("as_computed") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))

@@ -13,18 +13,19 @@ namespace hgfast {
 inline void define_ops(torch::Library& m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-  // The pre-activation residual: three folded BN-ReLU-convolutions, the shortcut, and
-  // optionally the upsampled sum that ends an hourglass level.
+  // The bottleneck residual: three convolutions with their folded BatchNorms and ReLUs, the
+  // shortcut, and optionally the upsampled sum that ends an hourglass level.
   m.def(
-      "bottleneck(Tensor x, Tensor scale, Tensor shift, Tensor w1, Tensor b1, Tensor w2, "
-      "Tensor b2, Tensor w3, Tensor b3, Tensor? wp=None, Tensor? bp=None, Tensor? low=None) "
-      "-> Tensor",
+      "bottleneck(Tensor x, Tensor? scale, Tensor? shift, Tensor w1, Tensor b1, Tensor w2, "
+      "Tensor b2, Tensor w3, Tensor b3, Tensor? wp=None, Tensor? bp=None, Tensor? low=None, "
+      "bool relu=False) -> Tensor",
       tags);
 
-  // One convolution with an optional folded BN-ReLU before, a ReLU and a sum after.
+  // One convolution with an optional folded BN-ReLU before; a ReLU, a sum, a ReLU after.
   m.def(
       "conv(Tensor x, Tensor weight, Tensor bias, Tensor? scale=None, Tensor? shift=None, "
-      "int[2] stride=1, int[2] padding=0, bool relu=False, Tensor? add=None) -> Tensor",
+      "int[2] stride=1, int[2] padding=0, bool relu=False, Tensor? add=None, int[2] dilation=1, "
+      "bool relu_sum=False) -> Tensor",
       tags);
 
   // skip + low, enlarged twofold by nearest neighbour; or several maps, enlarged up to eightfold,

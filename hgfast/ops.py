@@ -45,8 +45,8 @@ def _require() -> None:
 
 def bottleneck(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -56,31 +56,35 @@ def bottleneck(
     wp: Tensor | None = None,
     bp: Tensor | None = None,
     low: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """The pre-activation residual block, in one pass over memory.
+    """The bottleneck residual block, in one pass over memory.
 
     With ``relu`` and convolutions as in ``torch.nn.functional``::
 
-        t = relu(scale * x + shift)
+        t = relu(scale * x + shift)               # if scale and shift are given, else x
         t = relu(conv1x1(t, w1) + b1)
         t = relu(conv3x3(t, w2, padding=1) + b2)
         y = conv1x1(t, w3) + b3 + shortcut
+        y = relu(y)                               # if relu
         y = y + upsample_nearest(low, 2)          # if low is given
 
-    The shortcut is ``x``, or ``conv1x1(x, wp) + bp``. The BatchNorms before the second and the
-    third convolution are folded into the first and the second. The block is that of He et al.,
-    "Identity Mappings in Deep Residual Networks" (arXiv 1603.05027), as Newell et al. use it in
-    "Stacked Hourglass Networks" (arXiv 1603.06937).
+    The shortcut is ``x``, or ``conv1x1(x, wp) + bp``. Every other BatchNorm is folded into the
+    convolution before it. With scale and shift the block is that of He et al., "Identity Mappings
+    in Deep Residual Networks" (arXiv 1603.05027), as Newell et al. use it in "Stacked Hourglass
+    Networks" (arXiv 1603.06937). Without them and with ``relu`` it is that of "Deep Residual
+    Learning for Image Recognition" (arXiv 1512.03385).
 
     Args:
         x: the input, ``(batch, in, height, width)``.
-        scale, shift: the first BatchNorm, ``(in,)``.
+        scale, shift: a BatchNorm before the block, ``(in,)`` each; both or neither.
         w1, b1: ``(middle, in, 1, 1)`` and ``(middle,)``.
         w2, b2: ``(middle, middle, 3, 3)`` and ``(middle,)``.
         w3, b3: ``(out, middle, 1, 1)`` and ``(out,)``.
         wp, bp: the projection, ``(out, in, 1, 1)`` and ``(out,)``; needed where in != out.
         low: a map of half the size to enlarge and add, ``(batch, out, height / 2, width / 2)``,
             in the dtype of ``x``; height and width must then be even.
+        relu: whether the block ends in a ReLU.
 
     Returns:
         ``(batch, out, height, width)``, channels_last, in the dtype of ``x``.
@@ -91,7 +95,7 @@ def bottleneck(
     """
     _require()
     result: Tensor = torch.ops.hgfast.bottleneck(
-        x, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, low
+        x, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, low, relu
     )
     return result
 
@@ -106,15 +110,18 @@ def conv(
     padding: int | Sequence[int] = 0,
     relu: bool = False,
     add: Tensor | None = None,
+    dilation: int | Sequence[int] = 1,
+    relu_sum: bool = False,
 ) -> Tensor:
     """A convolution, with what surrounds it in a pose network done on the way.
 
     With ``conv2d`` and ``relu`` as in ``torch.nn.functional``::
 
         t = relu(scale * x + shift)               # if scale and shift are given, else x
-        y = conv2d(t, weight, bias, stride, padding)
+        y = conv2d(t, weight, bias, stride, padding, dilation)
         y = relu(y)                               # if relu
         y = y + add                               # if add is given
+        y = relu(y)                               # if relu_sum
 
     Zero padding applies after the first line.
 
@@ -126,10 +133,13 @@ def conv(
         stride, padding: one number, or one for the height and one for the width.
         relu: whether a ReLU follows.
         add: a map of the result's shape and dtype, added last.
+        dilation: one number, or one for the height and one for the width.
+        relu_sum: whether a ReLU follows the sum.
 
     Returns:
         ``(batch, out, out_height, out_width)``, channels_last, in the dtype of ``x``, where
-        ``out_height = (height + 2 * padding - kernel) // stride + 1``, the width likewise.
+        ``out_height = (height + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1``, the
+        width likewise.
 
     Raises:
         ValueError: a shape or dtype is not as above; the message tells the expected and the given.
@@ -137,7 +147,7 @@ def conv(
     """
     _require()
     result: Tensor = torch.ops.hgfast.conv(
-        x, weight, bias, scale, shift, stride, padding, relu, add
+        x, weight, bias, scale, shift, stride, padding, relu, add, dilation, relu_sum
     )
     return result
 
@@ -281,8 +291,8 @@ def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 def _fake_bottleneck(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -292,6 +302,7 @@ def _fake_bottleneck(
     wp: Tensor | None = None,
     bp: Tensor | None = None,
     low: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     return _map(x, w3.shape[0], x.shape[2], x.shape[3])
 
@@ -306,11 +317,13 @@ def _fake_conv(
     padding: Sequence[int] = (0, 0),
     relu: bool = False,
     add: Tensor | None = None,
+    dilation: Sequence[int] = (1, 1),
+    relu_sum: bool = False,
 ) -> Tensor:
     height, width = (
-        (size + 2 * around - kernel) // step + 1
-        for size, around, kernel, step in zip(
-            x.shape[2:], padding, weight.shape[2:], stride, strict=True
+        (size + 2 * around - apart * (kernel - 1) - 1) // step + 1
+        for size, around, kernel, step, apart in zip(
+            x.shape[2:], padding, weight.shape[2:], stride, dilation, strict=True
         )
     )
     return _map(x, weight.shape[0], height, width)

@@ -19,20 +19,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import decode_checks
 import torch
+import torch.nn.functional as F
 from op_checks import (
     LAYOUTS,
     MAP_DTYPES,
     NAMES,
     assert_close_bfloat16,
     assert_close_float32,
+    bottleneck_arguments,
     bottleneck_reference,
     bottleneck_weights,
     cast,
     check_small_hourglass,
     conv_reference,
+    conv_transpose_reference,
+    conv_transpose_weights,
     conv_weights,
     native,
     random_map,
+    run_step,
     small_hourglass,
     upsample_add_reference,
 )
@@ -72,25 +77,60 @@ def check_bottleneck(dtype: torch.dtype) -> None:
             ops.bottleneck(x, **w, low=low), bottleneck_reference(x, cast(w, dtype), low), reference
         )
         ran("bottleneck")
+        w = bottleneck_weights(channels, middle, out, norm=False)
+        reference = bottleneck_reference(x.double(), cast(w, torch.float64), double, relu=True)
+        y = ops.bottleneck(x, **bottleneck_arguments(w), low=low, relu=True)
+        close(y, bottleneck_reference(x, cast(w, dtype), low, relu=True), reference)
 
 
 def check_conv(dtype: torch.dtype) -> None:
-    for channels, out, kernel, stride, padding, norm in [
-        (3, 16, (7, 7), (2, 2), (3, 3), False),
-        (64, 48, (3, 3), (1, 1), (1, 1), True),
-        (33, 5, (1, 1), (1, 1), (0, 0), True),
-        (16, 17, (2, 5), (3, 1), (1, 4), False),
+    for channels, out, kernel, stride, padding, dilation, norm in [
+        (3, 16, (7, 7), (2, 2), (3, 3), (1, 1), False),
+        (64, 48, (3, 3), (1, 1), (1, 1), (1, 1), True),
+        (64, 80, (3, 3), (1, 1), (2, 2), (2, 2), False),
+        (33, 5, (1, 1), (1, 1), (0, 0), (1, 1), True),
+        (33, 40, (1, 1), (2, 2), (0, 0), (1, 1), False),
+        (16, 17, (2, 5), (3, 1), (1, 4), (1, 2), False),
     ]:
         w = conv_weights(channels, out, kernel, norm=norm)
         x = random_map(2, channels, 11, 14, dtype=dtype)
-        reference = conv_reference(x.double(), cast(w, torch.float64), stride, padding, relu=True)
+        settings = {"stride": stride, "padding": padding, "relu": True, "dilation": dilation}
+        reference = conv_reference(x.double(), cast(w, torch.float64), **settings)
         add = torch.ones_like(reference, dtype=dtype)
-        y = ops.conv(x, **w, stride=stride, padding=padding, relu=True, add=add)
-        close(y, conv_reference(x, cast(w, dtype), stride, padding, True, add), reference + 1)
+        y = ops.conv(x, **w, **settings, add=add)
+        close(y, conv_reference(x, cast(w, dtype), **settings, add=add), reference + 1)
         ran("conv")
 
 
 def check_the_rest(dtype: torch.dtype) -> None:
+    for stride, padding, beyond in [((2, 2), (1, 1), (0, 1)), ((1, 3), (0, 0), (0, 0))]:
+        w = conv_transpose_weights(33, 41, (4, 2))
+        x = random_map(2, 33, 5, 6, dtype=dtype)
+        y = run_step(
+            dtype,
+            [x],
+            lambda plan, y, w=w, settings=(stride, padding, beyond): plan.conv_transpose(
+                0, y, w["weight"], w["bias"], *settings
+            ),
+        )
+        ran("conv_transpose")
+        settings = stride, padding, beyond
+        reference = conv_transpose_reference(x.double(), cast(w, torch.float64), *settings)
+        close(y, conv_transpose_reference(x, cast(w, dtype), *settings), reference)
+    x = random_map(2, 37, 7, 9, dtype=dtype)
+    for kernel in ((2, 2), (3, 3), (2, 4)):
+        y = run_step(
+            dtype,
+            [x],
+            lambda plan, y, kernel=kernel: plan.pool(0, y, "max", kernel, (2, 1), (1, 1)),
+        )
+        ran("pool")
+        assert torch.equal(y, torch.max_pool2d(x, kernel, (2, 1), (1, 1)))
+    y = run_step(dtype, [x], lambda plan, y: plan.pool(0, y, "avg", (3, 2), (1, 2)))
+    close(y, F.avg_pool2d(x, (3, 2), (1, 2)), F.avg_pool2d(x.double(), (3, 2), (1, 2)))
+    y = run_step(dtype, [x], lambda plan, y: plan.concat([0, 0], y))
+    ran("concat")
+    assert torch.equal(y, torch.cat([x, x], 1))
     low, skip = random_map(2, 19, 3, 5, dtype=dtype), random_map(2, 19, 6, 10, dtype=dtype, seed=2)
     assert torch.equal(ops.upsample_add(low, skip), upsample_add_reference(low, skip))
     ran("upsample_add")

@@ -6,6 +6,7 @@ given: in float64 they are the judge, in bfloat16 they are what eager PyTorch wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,12 +33,21 @@ def _per_channel(t: Tensor) -> Tensor:
     return t[:, None, None]
 
 
-def bottleneck_reference(x: Tensor, w: Weights, low: Tensor | None = None) -> Tensor:
-    t = F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
-    t = F.relu(F.conv2d(t, w["w1"], w["b1"]))
+def _normed(x: Tensor, w: Weights) -> Tensor:
+    if "scale" not in w:
+        return x
+    return F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
+
+
+def bottleneck_reference(
+    x: Tensor, w: Weights, low: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    t = F.relu(F.conv2d(_normed(x, w), w["w1"], w["b1"]))
     t = F.relu(F.conv2d(t, w["w2"], w["b2"], padding=1))
     y = F.conv2d(t, w["w3"], w["b3"])
     y = y + (F.conv2d(x, w["wp"], w["bp"]) if "wp" in w else x)
+    if relu:
+        y = F.relu(y)
     return y if low is None else upsample_add_reference(low, y)
 
 
@@ -48,13 +58,33 @@ def conv_reference(
     padding: int | tuple[int, int] = 0,
     relu: bool = False,
     add: Tensor | None = None,
+    dilation: int | tuple[int, int] = 1,
+    relu_sum: bool = False,
 ) -> Tensor:
-    if "scale" in w:
-        x = F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
-    y = F.conv2d(x, w["weight"], w["bias"], stride, padding)
+    y = F.conv2d(_normed(x, w), w["weight"], w["bias"], stride, padding, dilation)
     if relu:
         y = F.relu(y)
-    return y if add is None else y + add
+    if add is not None:
+        y = y + add
+    return F.relu(y) if relu_sum else y
+
+
+def conv_transpose_reference(
+    x: Tensor,
+    w: Weights,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    output_padding: tuple[int, int] = (0, 0),
+    relu: bool = False,
+    add: Tensor | None = None,
+    relu_sum: bool = False,
+) -> Tensor:
+    y = F.conv_transpose2d(x, w["weight"], w["bias"], stride, padding, output_padding)
+    if relu:
+        y = F.relu(y)
+    if add is not None:
+        y = y + add
+    return F.relu(y) if relu_sum else y
 
 
 def upsample_add_reference(low: Tensor, skip: Tensor) -> Tensor:
@@ -69,7 +99,13 @@ def generator(seed: int) -> torch.Generator:
 
 
 def bottleneck_weights(
-    channels_in: int, middle: int, out: int, *, project: bool | None = None, seed: int = 0
+    channels_in: int,
+    middle: int,
+    out: int,
+    *,
+    project: bool | None = None,
+    norm: bool = True,
+    seed: int = 0,
 ) -> Weights:
     """Weights that keep the size of what passes through; projected where the channels change."""
     g = generator(seed)
@@ -90,7 +126,12 @@ def bottleneck_weights(
     if channels_in != out if project is None else project:
         w["wp"] = convolution(out, channels_in, 1)
         w["bp"] = 0.1 * torch.randn(out, generator=g)
-    return w
+    return w if norm else {name: t for name, t in w.items() if name not in ("scale", "shift")}
+
+
+def bottleneck_arguments(w: Weights) -> dict[str, Any]:
+    """As keywords, where scale and shift are always named."""
+    return {"scale": None, "shift": None, **w}
 
 
 def conv_weights(
@@ -106,6 +147,17 @@ def conv_weights(
         w["scale"] = 0.5 + torch.rand(channels_in, generator=g)
         w["shift"] = 0.5 * torch.randn(channels_in, generator=g)
     return w
+
+
+def conv_transpose_weights(
+    channels_in: int, out: int, kernel: tuple[int, int], *, seed: int = 0
+) -> Weights:
+    g = generator(seed)
+    fan = channels_in * kernel[0] * kernel[1]
+    return {
+        "weight": torch.randn(channels_in, out, *kernel, generator=g) * (2 / fan) ** 0.5,
+        "bias": 0.1 * torch.randn(out, generator=g),
+    }
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -131,6 +183,19 @@ def random_map(
     *shape: int, dtype: torch.dtype = torch.float32, layout: str = "nchw", seed: int = 1
 ) -> Tensor:
     return laid_out(torch.randn(shape, generator=generator(seed)).to(dtype), layout)
+
+
+# ---- a plan of one step ----
+
+
+def run_step(dtype: torch.dtype, inputs: list[Tensor], step: Callable[[Any, int], None]) -> Tensor:
+    """The result of the step that ``step(plan, output)`` records over the inputs 0, 1, ..."""
+    plan = native.CpuPlan(NAMES[dtype])
+    output = len(inputs)
+    step(plan, output)
+    plan.finish(list(range(output)), [output])
+    result: Tensor = plan.run(inputs)[0]
+    return result
 
 
 # ---- agreement ----
@@ -182,10 +247,10 @@ def small_hourglass(element: str) -> Any:
     the same end again."""
     plan = native.CpuPlan(element)
     plan.conv(100, 1, **STEM, stride=(2, 2), padding=(3, 3), relu=True)
-    plan.max_pool(1, 2)
+    plan.pool(1, 2, "max", (2, 2), (2, 2))
     plan.bottleneck(2, 3, **DOWN)
     plan.bottleneck(1, 4, **SKIP)
-    plan.upsample_add(3, 4, 5)
+    plan.upsample_add([3], [2], 4, 5)
     plan.bottleneck(1, 6, **UP, low=3)
     plan.add(5, 6, 7)
     plan.bottleneck(7, 8, **WIDEN)

@@ -12,6 +12,7 @@ from op_checks import (
     Weights,
     assert_close_bfloat16,
     assert_close_float32,
+    bottleneck_arguments,
     bottleneck_reference,
     bottleneck_weights,
     cast,
@@ -28,20 +29,20 @@ from hgfast import ops
 pytestmark = needs_native
 
 
-def check(x: Tensor, w: Weights, low: Tensor | None = None) -> Tensor:
-    y = ops.bottleneck(x, **w, low=low)
+def check(x: Tensor, w: Weights, low: Tensor | None = None, relu: bool = False) -> Tensor:
+    y = ops.bottleneck(x, **bottleneck_arguments(w), low=low, relu=relu)
     reference = bottleneck_reference(
-        x.double(), cast(w, torch.float64), None if low is None else low.double()
+        x.double(), cast(w, torch.float64), None if low is None else low.double(), relu
     )
     if x.dtype == torch.float32:
         assert_close_float32(y, reference)
     else:
-        assert_close_bfloat16(y, bottleneck_reference(x, cast(w, x.dtype), low), reference)
+        assert_close_bfloat16(y, bottleneck_reference(x, cast(w, x.dtype), low, relu), reference)
     assert is_channels_last(y)
     return y
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     batch=st.integers(0, 3),
     height=st.integers(1, 13),
@@ -50,6 +51,8 @@ def check(x: Tensor, w: Weights, low: Tensor | None = None) -> Tensor:
     middle=st.sampled_from([1, 8, 17, 32]),
     out=st.sampled_from([0, 5, 16, 40]),
     low=st.booleans(),
+    norm=st.booleans(),
+    relu=st.booleans(),
     dtype=st.sampled_from(MAP_DTYPES),
     layout=st.sampled_from(LAYOUTS),
 )
@@ -61,16 +64,18 @@ def test_any_shape(
     middle: int,
     out: int,
     low: bool,
+    norm: bool,
+    relu: bool,
     dtype: torch.dtype,
     layout: str,
 ) -> None:
     out = out or channels  # as often as not an identity shortcut
     if low:
         height, width = 2 * height, 2 * width
-    w = bottleneck_weights(channels, middle, out)
+    w = bottleneck_weights(channels, middle, out, norm=norm)
     x = random_map(batch, channels, height, width, dtype=dtype, layout=layout)
     half = random_map(batch, out, height // 2, width // 2, dtype=dtype, layout=layout, seed=2)
-    check(x, w, half if low else None)
+    check(x, w, half if low else None, relu)
 
 
 @pytest.mark.parametrize("dtype", MAP_DTYPES)
@@ -85,6 +90,14 @@ def test_the_hourglass_shapes(dtype: torch.dtype, size: int, low: bool) -> None:
 @pytest.mark.parametrize("dtype", MAP_DTYPES)
 def test_projection_that_keeps_the_channels(dtype: torch.dtype) -> None:
     check(random_map(2, 24, 5, 7, dtype=dtype), bottleneck_weights(24, 12, 24, project=True))
+
+
+def test_low_comes_after_the_relu() -> None:
+    w = bottleneck_weights(16, 8, 16, norm=False)
+    low = torch.full((1, 16, 2, 2), -100.0)
+    y = ops.bottleneck(random_map(1, 16, 4, 4), **bottleneck_arguments(w), low=low, relu=True)
+    assert y.min() == -100
+    assert y.max() > -100
 
 
 def test_every_layout_gives_the_same_bits() -> None:
@@ -208,6 +221,7 @@ W = bottleneck_weights(16, 8, 24)
         ({"x": torch.zeros(1, 16, 0, 4)}, r"at least one channel, row.*given \[1, 16, 0, 4\]"),
         ({"x": torch.zeros(1, 16, 4, 4).double()}, r"expected x in float32 or bfloat16.*Double"),
         ({"x": torch.zeros(1, 16, 4, 4).int()}, r"expected x in float32 or bfloat16.*Int"),
+        ({"scale": None}, r"both scale and shift or neither, given only shift"),
         ({"scale": torch.ones(8)}, r"expected scale of shape \[16\], given \[8\]"),
         ({"w1": torch.ones(8, 16)}, r"expected w1 of shape \(middle, in, 1, 1\).*given \[8, 16\]"),
         ({"w2": torch.ones(8, 8, 1, 1)}, r"expected w2 of shape \[8, 8, 3, 3\], given \[8, 8, 1"),
@@ -237,7 +251,9 @@ def test_opcheck(dtype: torch.dtype, full: bool) -> None:
     w = bottleneck_weights(16, 8, 24 if full else 16)
     x = random_map(2, 16, 4, 6, dtype=dtype)
     low = random_map(2, 24, 2, 3, dtype=dtype) if full else None
-    torch.library.opcheck(torch.ops.hgfast.bottleneck.default, (x, *w.values()), {"low": low})
+    torch.library.opcheck(
+        torch.ops.hgfast.bottleneck.default, (x, *w.values()), {"low": low, "relu": full}
+    )
 
 
 def test_compiles_whole() -> None:

@@ -38,8 +38,19 @@ def check(
     padding: Pair = (0, 0),
     relu: bool = False,
     add: Tensor | None = None,
+    dilation: Pair = (1, 1),
+    relu_sum: bool = False,
 ) -> None:
-    y = ops.conv(x, **w, stride=stride, padding=padding, relu=relu, add=add)
+    y = ops.conv(
+        x,
+        **w,
+        stride=stride,
+        padding=padding,
+        relu=relu,
+        add=add,
+        dilation=dilation,
+        relu_sum=relu_sum,
+    )
     reference = conv_reference(
         x.double(),
         cast(w, torch.float64),
@@ -47,27 +58,31 @@ def check(
         padding,
         relu,
         None if add is None else add.double(),
+        dilation,
+        relu_sum,
     )
     if x.dtype == torch.float32:
         assert_close_float32(y, reference)
     else:
-        eager = conv_reference(x, cast(w, x.dtype), stride, padding, relu, add)
+        eager = conv_reference(x, cast(w, x.dtype), stride, padding, relu, add, dilation, relu_sum)
         assert_close_bfloat16(y, eager, reference)
     assert is_channels_last(y)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     batch=st.integers(0, 3),
     extra=st.tuples(st.integers(0, 12), st.integers(0, 12)),
     channels=st.sampled_from([1, 3, 16, 20, 33]),
-    out=st.sampled_from([1, 5, 16, 40]),
+    out=st.sampled_from([1, 5, 16, 40, 100]),
     kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     norm=st.booleans(),
     relu=st.booleans(),
     add=st.booleans(),
+    relu_sum=st.booleans(),
     dtype=st.sampled_from(MAP_DTYPES),
     layout=st.sampled_from(LAYOUTS),
 )
@@ -79,18 +94,23 @@ def test_any_shape(
     kernel: Pair,
     stride: Pair,
     padding: Pair,
+    dilation: Pair,
     norm: bool,
     relu: bool,
     add: bool,
+    relu_sum: bool,
     dtype: torch.dtype,
     layout: str,
 ) -> None:
-    height, width = (max(1, k - 2 * p) + e for k, p, e in zip(kernel, padding, extra, strict=True))
+    height, width = (
+        max(1, d * (k - 1) + 1 - 2 * p) + e
+        for k, p, d, e in zip(kernel, padding, dilation, extra, strict=True)
+    )
     w = conv_weights(channels, out, kernel, norm=norm)
     x = random_map(batch, channels, height, width, dtype=dtype, layout=layout)
-    result = conv_reference(x.float(), w, stride, padding).shape
+    result = conv_reference(x.float(), w, stride, padding, dilation=dilation).shape
     other = random_map(*result, dtype=dtype, layout=layout, seed=2) if add else None
-    check(x, w, stride, padding, relu, other)
+    check(x, w, stride, padding, relu, other, dilation, relu_sum)
 
 
 # What a stacked hourglass asks for: (channels, out, kernel, stride, padding, norm, relu, size).
@@ -130,6 +150,9 @@ def test_one_number_for_stride_and_padding() -> None:
     expected = ops.conv(x, **w, stride=(2, 2), padding=(1, 1))
     assert torch.equal(ops.conv(x, **w, stride=2, padding=1), expected)
     assert expected.shape == (1, 8, 5, 5)
+    expected = ops.conv(x, **w, dilation=(2, 2))
+    assert torch.equal(ops.conv(x, **w, dilation=2), expected)
+    assert expected.shape == (1, 8, 5, 5)
 
 
 def test_padding_comes_after_the_norm() -> None:
@@ -143,6 +166,39 @@ def test_add_comes_after_the_relu() -> None:
     w = conv_weights(4, 8, (1, 1))
     add = torch.full((1, 8, 3, 3), -100.0)
     assert (ops.conv(random_map(1, 4, 3, 3), **w, relu=True, add=add) < -50).all()
+
+
+def test_the_second_relu_comes_after_the_sum() -> None:
+    w = conv_weights(4, 8, (1, 1))
+    add = torch.full((1, 8, 3, 3), -100.0)
+    assert (ops.conv(random_map(1, 4, 3, 3), **w, add=add, relu_sum=True) == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+def test_images_do_not_mix(dtype: torch.dtype, norm: bool, threads: int) -> None:
+    """Whether threads share pixels or channels, a block of pixels of several images or one."""
+    w = conv_weights(48, 96, (3, 3), norm=norm)
+    x = random_map(5, 48, 4, 5, dtype=dtype)
+    expected = [ops.conv(image, **w, stride=(1, 2), padding=1) for image in x.split(1)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        y = ops.conv(x, **w, stride=(1, 2), padding=1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, torch.cat(expected))
+
+
+def test_a_row_of_more_pixels_than_a_product_takes() -> None:
+    for norm in (False, True):
+        check(random_map(1, 17, 2, 600), conv_weights(17, 9, (3, 3), norm=norm), padding=(1, 1))
+
+
+def test_a_kernel_that_reaches_far_outside() -> None:
+    w = conv_weights(16, 8, (2, 2), norm=True)
+    check(random_map(3, 16, 2, 2, dtype=torch.bfloat16), w, (7, 1), (9, 9), dilation=(3, 5))
 
 
 def test_repeats_give_the_same_bits() -> None:
@@ -187,6 +243,8 @@ W = conv_weights(3, 4, (3, 3), norm=True)
         ({"shift": torch.zeros(4)}, r"expected shift of shape \[3\], given \[4\]"),
         ({"stride": (0, 1)}, r"strides of at least 1, given \[0, 1\]"),
         ({"padding": (0, -1)}, r"paddings of at least 0, given \[0, -1\]"),
+        ({"dilation": (1, 0)}, r"dilations of at least 1, given \[1, 0\]"),
+        ({"dilation": (1, 4)}, r"as large as the kernel of 3x9, given \[1, 3, 8, 8\]"),
         ({"add": torch.zeros(1, 4, 8, 8)}, r"add of shape \[1, 4, 6, 6\], given \[1, 4, 8, 8\]"),
         ({"add": torch.zeros(1, 4, 6, 6).bfloat16()}, r"expected add in Float.*given BFloat16"),
     ],
@@ -204,8 +262,9 @@ def test_opcheck(dtype: torch.dtype, full: bool) -> None:
     x = random_map(2, 3, 9, 8, dtype=dtype)
     options: dict[str, Any] = {}
     if full:
-        options = {"stride": [2, 1], "padding": [1, 2], "relu": True}
-        options["add"] = random_map(2, 8, 5, 8, dtype=dtype)
+        options = {"stride": [2, 1], "padding": [1, 2], "relu": True, "dilation": [2, 1]}
+        options["add"] = random_map(2, 8, 4, 8, dtype=dtype)
+        options["relu_sum"] = True
     torch.library.opcheck(torch.ops.hgfast.conv.default, (x, *w.values()), options)
 
 

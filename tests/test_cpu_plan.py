@@ -32,6 +32,10 @@ from torch import Tensor
 pytestmark = needs_native
 
 
+def halve(plan: Any, x: int, y: int) -> None:
+    plan.pool(x, y, "max", (2, 2), (2, 2))
+
+
 @pytest.fixture(scope="module", params=MAP_DTYPES, ids=NAMES.get)
 def plan(request: pytest.FixtureRequest) -> tuple[Any, torch.dtype]:
     return small_hourglass(NAMES[request.param]), request.param
@@ -94,8 +98,8 @@ def test_the_layout_of_the_outputs_is_that_of_the_first_input(
 def test_inputs_and_middles_as_outputs(dtype: torch.dtype, layout: str) -> None:
     """Also: an input that no step reads, and outputs that are nobody else's memory."""
     plan = native.CpuPlan(NAMES[dtype])
-    plan.max_pool(0, 1)
-    plan.max_pool(1, 2)
+    halve(plan, 0, 1)
+    halve(plan, 1, 2)
     plan.add(2, 2, 3)
     plan.finish([0, 7], [7, 0, 1, 3, 1])
     x = random_map(1, 6, 9, 8, dtype=dtype, layout=layout)
@@ -131,7 +135,7 @@ def test_several_inputs_of_different_layouts_and_dtypes() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 16, 2, 2), (1, 256, 2, 50), (1, 3, 32, 2)])
 def test_shapes_on_which_layouts_are_alike(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     plan = native.CpuPlan(NAMES[dtype])
-    plan.max_pool(0, 1)
+    halve(plan, 0, 1)
     plan.finish([0], [1])
     x = random_map(*shape)
     for layout in LAYOUTS:
@@ -139,9 +143,9 @@ def test_shapes_on_which_layouts_are_alike(dtype: torch.dtype, shape: tuple[int,
         assert torch.equal(out, torch.max_pool2d(x.to(dtype), 2).float())
 
 
-def test_max_pool_and_add_keep_nan() -> None:
+def test_pool_and_add_keep_nan() -> None:
     plan = native.CpuPlan("float32")
-    plan.max_pool(0, 1)
+    halve(plan, 0, 1)
     plan.add(1, 1, 2)
     plan.finish([0], [2])
     x = torch.rand(1, 17, 5, 4)
@@ -268,7 +272,7 @@ def test_memory_does_not_grow(plan: tuple[Any, torch.dtype]) -> None:
 
 def begun() -> Any:
     plan = native.CpuPlan("float32")
-    plan.max_pool(0, 1)
+    halve(plan, 0, 1)
     return plan
 
 
@@ -276,9 +280,9 @@ def begun() -> Any:
     ("act", "message"),
     [
         (lambda p: native.CpuPlan("float16"), 'element "float32" or "bfloat16", given "float16"'),
-        (lambda p: p.max_pool(0, 1), r"step 1 \(max_pool\): value 1 is already .* of step 0"),
+        (lambda p: halve(p, 0, 1), r"step 1 \(pool\): value 1 is already .* of step 0"),
         (lambda p: p.add(3, 4, 3), r"step 1 \(add\): value 3 is both input and output"),
-        (lambda p: p.max_pool(5, 0), r"step 1 \(max_pool\): its output, value 0, is used before"),
+        (lambda p: halve(p, 5, 0), r"step 1 \(pool\): its output, value 0, is used before"),
         (
             lambda p: p.conv(1, 2, torch.zeros(4, 3, 1, 1), torch.zeros(5)),
             r"step 1 \(conv\): expected bias of shape \[4\], given \[5\]",
@@ -290,9 +294,9 @@ def begun() -> Any:
             r"step 1 \(bottleneck\): expected w2 of shape \[4, 4, 3, 3\], given \[4, 4, 1, 1\]",
         ),
         (lambda p: p.finish([], [1]), r"at least one input and one output, given 0 and 1"),
-        (lambda p: p.finish([5], [1]), r"step 0 \(max_pool\): value 0 is neither an input nor"),
+        (lambda p: p.finish([5], [1]), r"step 0 \(pool\): value 0 is neither an input nor"),
         (lambda p: p.finish([0, 0], [1]), r"input value 0 is listed twice"),
-        (lambda p: p.finish([0, 1], [1]), r"input value 1 is the output of step 0 \(max_pool\)"),
+        (lambda p: p.finish([0, 1], [1]), r"input value 1 is the output of step 0 \(pool\)"),
         (lambda p: p.finish([0], [2]), r"output value 2 is neither an input nor the output"),
     ],
 )
@@ -314,8 +318,8 @@ def test_the_order_of_calls() -> None:
     with pytest.raises(RuntimeError, match="not finished"):
         plan.run([torch.zeros(1, 1, 4, 4)])
     plan.finish([0], [1])
-    with pytest.raises(RuntimeError, match=r"step 1 \(max_pool\): the plan is finished"):
-        plan.max_pool(1, 2)
+    with pytest.raises(RuntimeError, match=r"step 1 \(pool\): the plan is finished"):
+        halve(plan, 1, 2)
     with pytest.raises(RuntimeError, match="finished already"):
         plan.finish([0], [1])
 
@@ -323,8 +327,8 @@ def test_the_order_of_calls() -> None:
 def two_inputs() -> Any:
     plan = native.CpuPlan("float32")
     plan.bottleneck(0, 2, **bottleneck_weights(8, 4, 8))
-    plan.upsample_add(1, 2, 3)
-    plan.max_pool(3, 4)
+    plan.upsample_add([1], [2], 2, 3)
+    halve(plan, 3, 4)
     plan.add(4, 1, 5)
     plan.conv(5, 6, **conv_weights(8, 4, (3, 3)))
     plan.finish([0, 1], [6])

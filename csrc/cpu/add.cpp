@@ -1,5 +1,5 @@
-// y = a + b. Three streams and one addition per element: bound by memory, so each task is a
-// run of whole cache lines and nothing more is to be gained.
+// y = a + b, and the ReLU behind it. Three streams and one addition per element: bound by memory,
+// so each task is a run of whole cache lines and nothing more is to be gained.
 #include "table.h"
 #include "vec.h"
 
@@ -19,7 +19,8 @@ void add(const AddParams& p, int, int64_t begin, int64_t end, void*) {
     const E* b = static_cast<const E*>(p.b) + first;
     E* y = static_cast<E*>(p.y) + first;
     each(count, [&](int64_t i, auto lanes) {
-      store(y + i, load(a + i, lanes) + load(b + i, lanes), lanes);
+      const Vec sum = load(a + i, lanes) + load(b + i, lanes);
+      store(y + i, p.relu ? relu(sum) : sum, lanes);
     });
   });
 }

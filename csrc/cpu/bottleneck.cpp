@@ -1,6 +1,7 @@
-// The pre-activation bottleneck, fused:
+// The bottleneck, fused, with its activations before the convolutions or behind them:
 //
 //   x -> BN, ReLU -> conv1 (1x1) -> ReLU -> conv2 (3x3) -> ReLU -> conv3 (1x1) -> + x [+ low] -> y
+//   x -> conv1 -> ReLU -> conv2 -> ReLU -> conv3 -> + x -> ReLU [-> + low] -> y
 //
 // A task is a strip of rows of one image, computed a few rows at a time from the top down. conv1
 // fills t, the next rows of the middle map and those around them, zero-padded; conv2 and conv3 run
@@ -114,15 +115,20 @@ class Strip {
   // `count` pixels of x, from `pixel`, into t, whose second row is the map's row `top`.
   void conv1(int64_t top, int64_t pixel, int64_t count) const {
     const int64_t in = padded<Operand>(p.in);
-    prologue_pixels(x + pixel * p.in, count, p.in, p.scale, p.shift, buffers.a);
     int64_t a_at[kBlock], t_at[kBlock];
     Cursor at(pixel, p.width);
     for (int64_t i = 0; i < round_up(count, Tiling<Operand>::kGroup); ++i, at.next()) {
       a_at[i] = i * in;
       t_at[i] = i < count ? ((at.row - top + 1) * pitch + at.column + 1) * middle : -1;
     }
-    const auto segment = Segment<Operand>::dense(buffers.a, a_at, in, p.w1);
-    gemm(&segment, 1, count, p.middle,
+    auto segment = Segment<Operand>::dense(buffers.a, a_at, in, p.w1);
+    const E* from = x + pixel * p.in;
+    if (!p.scale && readable<Operand>(from, count, p.in)) {
+      segment.a = reinterpret_cast<const Operand*>(from);
+    } else {
+      prologue_pixels(from, count, p.in, p.scale, p.shift, buffers.a);
+    }
+    gemm(&segment, 1, count, 0, p.middle,
          Epilogue<Operand>{.bias = p.b1, .relu = true, .y = buffers.t, .y_at = t_at});
   }
 
@@ -148,7 +154,7 @@ class Strip {
                                  .tap_stride = pitch * middle,
                                  .depth = 3 * middle,
                                  .b = p.w2};
-    gemm(&conv2, 1, count, p.middle,
+    gemm(&conv2, 1, count, 0, p.middle,
          Epilogue<Operand>{.bias = p.b2, .relu = true, .y = buffers.u, .y_at = u_at});
 
     // The pixels lie one after the other in u, as they do in x and y.
@@ -168,9 +174,10 @@ class Strip {
         prologue_pixels(from, pixels, p.in, nullptr, nullptr, buffers.a);
       }
     }
-    gemm(conv3, p.wp ? 2 : 1, pixels, p.out,
+    gemm(conv3, p.wp ? 2 : 1, pixels, 0, p.out,
          Epilogue<E>{.bias = p.wp ? buffers.bias : p.b3,
                      .relu = false,
+                     .relu_sum = p.relu,
                      .y = y,
                      .y_at = y_at,
                      .add = p.wp ? nullptr : x,

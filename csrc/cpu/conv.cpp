@@ -1,10 +1,22 @@
-// Any convolution: y = act(conv(relu(scale * x + shift)) + bias) [+ add].
+// Any convolution: y = act_sum(act(conv(relu(scale * x + shift)) + bias) [+ add]); and the
+// transposed one, which is several.
 //
-// A task is a block of output pixels, wherever in the batch they fall. A 1x1 convolution with
-// stride 1 reads x where it lies, if the product can; otherwise each output pixel's window is
-// gathered into scratch, through the prologue, and multiplied from there (im2col, but of a block
-// that stays in L2). The gathering costs one pass over the window per pixel, against `out`
-// multiply-adds for each of its values.
+// A task is a block of output pixels, wherever in the batch they fall, by some of the channels.
+// How its product comes to its windows:
+//
+// - A 1x1 convolution with stride 1 reads x where it lies, if the product can.
+// - In float32 each tap of a window is a pixel of x, and the product is told where each begins; a
+//   tap in the padding is a pixel of zeros. With few channels a row of taps is one run, and only
+//   where it reaches into the padding is it copied. Else nothing is, unless x has to be converted,
+//   to go through the prologue, or to lie at other distances: then the block's rows of x are, once.
+// - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
+//   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
+//   window per pixel, against `out` multiply-adds for each of its values.
+//
+// Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
+// network, they share the channels, and each reads only its own part of the weights.
+//
+// A sum is formed in the order of the weights, whatever task it falls in.
 #include "operand.h"
 #include "table.h"
 
@@ -12,49 +24,182 @@ namespace hgfast::cpu::HGFAST_ISA {
 
 namespace {
 
-struct Geometry {
-  int64_t height, width;  // of y
-  int64_t pixels;         // of y, over the batch
-  Depth depth;
-  bool pointwise;
-  int64_t block;  // pixels per task
+// A convolution that computes height x width pixels of each image of y: the pixels
+// (first + i * step) of a map of full_height x full_width.
+struct Job : ConvParams {
+  int64_t out_height, out_width;    // of those pixels
+  int64_t full_height, full_width;  // of y
+  int64_t first_h = 0, first_w = 0, step_h = 1, step_w = 1;
 
-  template <class Operand>
-  static Geometry of(const ConvParams& p, int threads, Operand) {
-    Geometry g;
-    g.height = (p.height + 2 * p.pad_h - p.kernel_h) / p.stride_h + 1;
-    g.width = (p.width + 2 * p.pad_w - p.kernel_w) / p.stride_w + 1;
-    g.pixels = p.batch * g.height * g.width;
+  explicit Job(const ConvParams& p) : ConvParams(p) {
+    out_height = full_height = reach(p.height, p.kernel_h, p.stride_h, p.pad_h, p.dilation_h);
+    out_width = full_width = reach(p.width, p.kernel_w, p.stride_w, p.pad_w, p.dilation_w);
+  }
+
+  static int64_t reach(int64_t size, int64_t kernel, int64_t stride, int64_t pad,
+                       int64_t dilation) {
+    return (size + 2 * pad - (kernel - 1) * dilation - 1) / stride + 1;
+  }
+};
+
+// The rows of x, numbered through the batch, that the windows of some rows of y reach.
+struct Reach {
+  int64_t first, last;
+
+  Reach(const Job& p, int64_t row_first, int64_t row_last) {
+    const int64_t above = row_first % p.out_height * p.stride_h - p.pad_h;
+    const int64_t below = row_last % p.out_height * p.stride_h - p.pad_h + span(p);
+    first = row_first / p.out_height * p.height + max(0, min(above, p.height));
+    last = row_last / p.out_height * p.height + max(0, min(below, p.height));
+  }
+
+  // At most how many for so many rows of y, wherever in the batch they begin.
+  static int64_t most(const Job& p, int64_t rows) {
+    const int64_t images = (rows - 1) / p.out_height + 1;  // that end among them
+    const int64_t gaps = images * max(0, p.height - p.out_height * p.stride_h);
+    const int64_t above = max(0, (p.out_height - 1) * p.stride_h - p.pad_h - p.height);
+    const int64_t below = max(0, p.pad_h - span(p));
+    return min(p.batch * p.height, (rows - 1) * p.stride_h + span(p) + gaps + above + below);
+  }
+
+ private:
+  static int64_t span(const Job& p) { return (p.kernel_h - 1) * p.dilation_h + 1; }
+};
+
+constexpr int64_t kMostPixels = 256;     // in a task
+constexpr int64_t kInCache = 512 << 10;  // bytes: half of a small L2
+constexpr int64_t kShort = 128;          // channels: so few that a tap alone is a short run
+
+// Pixels so many values apart share the sets of the first-level cache, whose eight lines do not
+// hold a tile's twelve rows. Measured on a Cascade Lake core: half the speed.
+constexpr int64_t kWay = 4096 / sizeof(float);
+
+struct Geometry {
+  int64_t pixels;  // of the job, over the batch
+  Depth depth;
+  enum { pointwise, gathered, in_place, converted } windows;
+  int64_t run;    // taps that are neighbours in x, and one run of the product: 1 or kernel_w
+  int64_t pitch;  // from pixel to pixel of x, as the product reads it
+  int64_t block, blocks;     // pixels per task; tasks that share all pixels
+  int64_t channels, groups;  // per task; tasks that share all channels
+  int64_t rows = 0;          // of x that a block converts, at most
+
+  int64_t tasks() const { return blocks * groups; }
+  int64_t runs(const Job& p) const { return p.kernel_h * (p.kernel_w / run); }
+
+  template <class Operand, class E>
+  static Geometry of(const Job& p, int threads, Operand, E) {
+    constexpr bool tiles = Tiling<Operand>::kGroup > 1;
+    Geometry g{};
+    g.pixels = p.batch * p.out_height * p.out_width;
     g.depth = depth_of<Operand>(p.in, p.kernel_h, p.kernel_w);
-    g.pointwise = p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 &&
-                  p.pad_h == 0 && p.pad_w == 0;
-    constexpr int64_t kGathered = 512 << 10;  // bytes: half of a small L2
-    const int64_t row = g.depth.total() * static_cast<int64_t>(sizeof(Operand));
-    const int64_t most = max(32, min(kBlock, kGathered / row / 32 * 32));
-    const int64_t tasks = max(1, round_up(ceil_div(g.pixels, most), threads));
-    g.block = max(1, round_up(ceil_div(g.pixels, tasks), Tiling<Operand>::kGroup));
+    const bool as_it_is = !p.scale && is_same<Operand, E>;
+    const bool single = p.kernel_h == 1 && p.kernel_w == 1;
+    if (single && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0 &&
+        p.out_height == p.height && p.out_width == p.width) {
+      g.windows = pointwise;
+    } else if (tiles) {
+      g.windows = gathered;
+    } else {
+      g.windows = as_it_is ? in_place : converted;
+    }
+    g.run = p.in <= kShort && p.dilation_w == 1 ? max(1, p.kernel_w) : 1;
+    g.pitch = p.in;
+    if (!tiles && p.in * p.stride_w % kWay == 0 && g.run == 1) {
+      g.pitch = p.in + 64 / static_cast<int64_t>(sizeof(Operand));
+      if (g.windows == in_place) g.windows = converted;
+    }
+
+    const int64_t pixel =
+        (g.windows == gathered ? g.depth.total() : p.in) * static_cast<int64_t>(sizeof(Operand));
+    const int64_t most = max(32, min(kMostPixels, kInCache / max(1, pixel) / 32 * 32));
+    g.share(p, threads, sizeof(Operand), sizeof(E));
+    const int64_t share = ceil_div(g.pixels, ceil_div(threads, g.groups));
+    // A block that converts rows has whole rows of y, so that it converts few for its neighbours.
+    const int64_t unit = g.windows == converted ? p.out_width : Tiling<Operand>::kGroup;
+    g.block = round_up(ceil_div(share, ceil_div(share, max(most, unit))), unit);
+    if (g.windows == converted) g.block = min(g.block, max(most / unit, 1) * unit);
+    g.blocks = ceil_div(g.pixels, g.block);
+    if (g.windows == converted) {
+      g.rows = Reach::most(p, g.block / p.out_width);
+    }
     return g;
   }
+
+  // The split of the work that costs the busiest thread least: cycles for its products, and
+  // for what it reads from beyond its caches.
+  void share(const Job& p, int threads, int64_t operand_bytes, int64_t element_bytes) {
+    const int64_t panels = ceil_div(p.out, kPanel);
+    const int64_t weights = depth.total() * p.out * operand_bytes;
+    const int64_t map = p.batch * p.height * p.width * p.in * element_bytes;
+    constexpr int64_t kBytesPerCycle = 4;
+    int64_t least = INT64_MAX;
+    for (int64_t parts = 1; parts <= min(threads, panels); ++parts) {
+      if (threads % parts) continue;
+      const int64_t others = threads / parts;
+      const int64_t cost = ceil_div(panels, parts) * depth.total() * ceil_div(pixels, others) +
+                           (weights / parts + map / others) / kBytesPerCycle;
+      if (cost >= least) continue;
+      least = cost;
+      groups = parts;
+    }
+    channels = ceil_div(panels, groups) * kPanel;
+    groups = ceil_div(p.out, channels);
+  }
+};
+
+template <class Operand>
+struct Buffers {
+  Operand* a = nullptr;      // windows, or pixels of x, as the product reads them
+  Operand* zeros = nullptr;  // a run
+  Operand* edges = nullptr;  // runs that begin or end in the padding
+  int64_t* at = nullptr;     // (runs, block)
+
+  Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
+    if (g.windows == Geometry::pointwise)
+      a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
+    if (g.windows == Geometry::gathered)
+      a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
+    if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
+    if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
+      zeros = scratch.take<Operand>(g.run * p.in);
+      at = scratch.take<int64_t>(g.runs(p) * g.block);
+      if (g.run > 1) edges = scratch.take<Operand>(g.runs(p) * g.block * g.run * p.in);
+    }
+  }
+};
+
+// Which of `count` places, the first at `origin` and each `step` further, lie in 0 ... size - 1.
+struct Inside {
+  int64_t first, last;
+
+  Inside(int64_t origin, int64_t step, int64_t count, int64_t size) : first(0), last(count) {
+    if (origin >= 0 && origin + (count - 1) * step < size) return;  // no division
+    if (origin < 0) first = min(count, ceil_div(-origin, step));
+    last = origin < size ? min(count, ceil_div(size - origin, step)) : 0;
+  }
+  int64_t size() const { return max(0, last - first); }
 };
 
 // One output pixel's window of `image`, from (top, left), which may lie outside: zeros there.
 template <class Operand, class E>
-void gather_window(const ConvParams& p, const Depth& depth, const E* image, int64_t top,
-                   int64_t left, Operand* a) {
+void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top, int64_t left,
+                   Operand* a) {
   const int64_t tap = depth.runs > 1 ? depth.stride : p.in;  // from one tap to the next in a
-  const int64_t y_first = max(0, -top), y_last = min(p.kernel_h, p.height - top);
-  const int64_t x_first = max(0, -left), x_last = min(p.kernel_w, p.width - left);
-  const int64_t inside = max(0, y_last - y_first) * max(0, x_last - x_first);
+  const Inside rows(top, p.dilation_h, p.kernel_h, p.height);
+  const Inside columns(left, p.dilation_w, p.kernel_w, p.width);
+  const int64_t inside = rows.size() * columns.size();
   if (inside * p.in != depth.total())
     memset(static_cast<void*>(a), 0, depth.total() * sizeof(Operand));
   if (inside == 0) return;
-  for (int64_t y = y_first; y < y_last; ++y) {
-    const E* x = image + ((top + y) * p.width + left + x_first) * p.in;
-    Operand* to = a + (y * p.kernel_w + x_first) * tap;
-    if (!p.scale && tap == p.in) {  // neighbours in a as they are in x
-      prologue(x, (x_last - x_first) * p.in, nullptr, nullptr, to);
+  const int64_t step = p.dilation_w * p.in;
+  for (int64_t y = rows.first; y < rows.last; ++y) {
+    const E* x = image + ((top + y * p.dilation_h) * p.width + left) * p.in + columns.first * step;
+    Operand* to = a + (y * p.kernel_w + columns.first) * tap;
+    if (!p.scale && tap == p.in && step == p.in) {  // neighbours in a as they are in x
+      prologue(x, columns.size() * p.in, nullptr, nullptr, to);
     } else {
-      for (int64_t j = x_first; j < x_last; ++j, x += p.in, to += tap)
+      for (int64_t j = columns.first; j < columns.last; ++j, x += step, to += tap)
         prologue(x, p.in, p.scale, p.shift, to);
     }
   }
@@ -62,9 +207,9 @@ void gather_window(const ConvParams& p, const Depth& depth, const E* image, int6
 
 // The windows of output pixels first ... first + pixels - 1, one row of a each.
 template <class Operand, class E>
-void gather(const ConvParams& p, const Geometry& g, int64_t first, int64_t pixels, Operand* a) {
-  Cursor at(first, g.width);    // rows are numbered through the batch,
-  Cursor in(at.row, g.height);  // here by image
+void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels, Operand* a) {
+  Cursor at(first, p.out_width);    // rows are numbered through the batch,
+  Cursor in(at.row, p.out_height);  // here by image
   for (; pixels > 0; --pixels, a += g.depth.total()) {
     const E* image = static_cast<const E*>(p.x) + in.row * p.height * p.width * p.in;
     gather_window(p, g.depth, image, in.column * p.stride_h - p.pad_h,
@@ -74,53 +219,237 @@ void gather(const ConvParams& p, const Geometry& g, int64_t first, int64_t pixel
   }
 }
 
+// Runs f(slot, count, row, column) for each stretch of the block's pixels that lies in one row.
+template <class F>
+void each_stretch(const Job& p, int64_t first, int64_t pixels, F f) {
+  int64_t row = first / p.out_width, column = first % p.out_width;
+  for (int64_t slot = 0; slot < pixels; ++row, column = 0) {
+    const int64_t count = min(p.out_width - column, pixels - slot);
+    f(slot, count, row, column);
+    slot += count;
+  }
+}
+
+// In elements; the two need not lie in one array.
+template <class T>
+int64_t distance(const T* from, const T* to) {
+  return static_cast<int64_t>(reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) /
+         static_cast<int64_t>(sizeof(T));
+}
+
+// Where each run of each window begins: `at` as the product wants it, in elements from `a`, the
+// first pixel of row `origin` of x; rows are numbered through the batch.
+template <class Operand>
+void find_runs(const Job& p, const Geometry& g, const Buffers<Operand>& buffers, int64_t first,
+               int64_t pixels, const Operand* a, int64_t origin) {
+  const int64_t step = p.stride_w * g.pitch;
+  const int64_t zeros = distance(a, static_cast<const Operand*>(buffers.zeros));
+  Operand* edge = buffers.edges;
+  each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
+    const int64_t image = row / p.out_height;
+    const int64_t top = row % p.out_height * p.stride_h - p.pad_h;
+    int64_t* to = buffers.at + slot;
+    for (int64_t i = 0; i < p.kernel_h; ++i) {
+      const int64_t y = top + i * p.dilation_h;
+      const bool in_map = y >= 0 && y < p.height;
+      const int64_t line = (image * p.height + y - origin) * p.width;
+      for (int64_t j = 0; j < p.kernel_w; j += g.run, to += g.block) {
+        const int64_t left = column * p.stride_w - p.pad_w + j * p.dilation_w;
+        // The window's run at `slot + s`, where it does not lie in the map as a whole.
+        const auto at_the_edge = [&](int64_t s) {
+          const int64_t from = left + s * p.stride_w;
+          const int64_t before = max(0, -from), beyond = min(g.run, p.width - from);
+          if (!in_map || before >= beyond) return zeros;
+          const int64_t size = g.run * p.in;
+          memset(static_cast<void*>(edge), 0, size * sizeof(Operand));
+          memcpy(static_cast<void*>(edge + before * p.in), a + (line + from + before) * p.in,
+                 (beyond - before) * p.in * sizeof(Operand));
+          edge += size;
+          return distance(a, static_cast<const Operand*>(edge - size));
+        };
+        const Inside inside(left, p.stride_w, in_map ? count : 0, p.width - g.run + 1);
+        const int64_t pixel = (line + left) * g.pitch;
+        int64_t s = 0;
+        for (; s < inside.first; ++s) to[s] = at_the_edge(s);
+        for (; s < inside.last; ++s) to[s] = pixel + s * step;
+        for (; s < count; ++s) to[s] = at_the_edge(s);
+      }
+    }
+  });
+}
+
+// Pixels first ... first + pixels - 1 of y as a product of one segment.
 template <class Operand, class E>
-void run(const ConvParams& p, int threads, int64_t begin, int64_t end, void* memory) {
-  const Geometry g = Geometry::of(p, threads, Operand{});
-  Operand* a = Scratch(memory).take<Operand>(round_up(g.block, 32) * g.depth.total());
-  [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
-  int64_t a_at[kBlock], y_at[kBlock];
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task * g.block, pixels = min(g.block, g.pixels - first);
-    for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) {
-      a_at[i] = i * g.depth.total();
-      y_at[i] = i < pixels ? (first + i) * p.out : -1;
-    }
-    auto segment = Segment<Operand>::dense(a, a_at, g.depth.total(), p.weight);
-    const E* x = static_cast<const E*>(p.x) + first * p.in;
-    if (g.pointwise && !p.scale && readable<Operand>(x, pixels, p.in)) {
-      segment.a = reinterpret_cast<const Operand*>(x);
-    } else if (g.pointwise) {
-      prologue_pixels(x, pixels, p.in, p.scale, p.shift, a);
+Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>& buffers,
+                         int64_t first, int64_t pixels, int64_t* a_at) {
+  const E* x = static_cast<const E*>(p.x);
+  if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
+    const Operand* a = buffers.a;
+    int64_t origin = 0;
+    if (g.windows == Geometry::in_place) {
+      a = reinterpret_cast<const Operand*>(x);
     } else {
-      gather<Operand, E>(p, g, first, pixels, a);
+      const Reach rows(p, first / p.out_width, (first + pixels - 1) / p.out_width);
+      origin = rows.first;
+      prologue_pixels(x + origin * p.width * p.in, max(0, rows.last - origin) * p.width, p.in,
+                      p.scale, p.shift, buffers.a, g.pitch);
     }
-    gemm(&segment, 1, pixels, p.out,
-         Epilogue<E>{.bias = p.bias,
-                     .relu = p.relu,
-                     .y = static_cast<E*>(p.y),
-                     .y_at = y_at,
-                     .add = static_cast<const E*>(p.add)});
+    find_runs(p, g, buffers, first, pixels, a, origin);
+    return {.a = a,
+            .at = buffers.at,
+            .stride = 0,
+            .taps = g.runs(p),
+            .tap_stride = 0,
+            .depth = g.run * p.in,
+            .b = p.weight,
+            .at_step = g.block};
+  }
+  x += first * p.in;
+  const bool dense = g.windows == Geometry::pointwise && !p.scale && g.pitch == p.in &&
+                     readable<Operand>(x, pixels, p.in);
+  const int64_t stride =
+      g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total();
+  for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
+  auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
+  if (g.windows == Geometry::gathered) {
+    gather<Operand, E>(p, g, first, pixels, buffers.a);
+  } else if (dense) {
+    segment.a = reinterpret_cast<const Operand*>(x);
+  } else {
+    prologue_pixels(x, pixels, p.in, p.scale, p.shift, buffers.a, stride);
+  }
+  return segment;
+}
+
+template <class Operand, class E>
+void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
+  const Geometry g = Geometry::of(p, threads, Operand{}, E{});
+  Scratch scratch(memory);
+  const Buffers<Operand> buffers(p, g, scratch);
+  if (buffers.zeros) memset(static_cast<void*>(buffers.zeros), 0, g.run * p.in * sizeof(Operand));
+  [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
+  int64_t a_at[kMostPixels], y_at[kMostPixels];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t n = task / g.blocks * g.channels, block = task % g.blocks * g.block;
+    // A block of one long row may have more pixels than a product takes.
+    for (int64_t first = block; first < min(block + g.block, g.pixels); first += kMostPixels) {
+      const int64_t pixels = min(min(block + g.block, g.pixels) - first, kMostPixels);
+      const auto segment = windows<Operand, E>(p, g, buffers, first, pixels, a_at);
+      each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
+        const int64_t y =
+            row / p.out_height * p.full_height + p.first_h + row % p.out_height * p.step_h;
+        const int64_t pixel = y * p.full_width + p.first_w + column * p.step_w;
+        for (int64_t i = 0; i < count; ++i) y_at[slot + i] = (pixel + i * p.step_w) * p.out;
+      });
+      for (int64_t i = pixels; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) y_at[i] = -1;
+      gemm(&segment, 1, pixels, n, min(p.out, n + g.channels),
+           Epilogue<E>{.bias = p.bias,
+                       .relu = p.relu,
+                       .relu_sum = p.relu_sum,
+                       .y = static_cast<E*>(p.y),
+                       .y_at = y_at,
+                       .add = static_cast<const E*>(p.add)});
+    }
+  }
+}
+
+Work plan(const Job& p, int threads) {
+  Work work;
+  with_types(p.element, [&](auto operand, auto element) {
+    const Geometry g = Geometry::of(p, threads, operand, element);
+    Scratch scratch(nullptr);
+    Buffers<decltype(operand)>(p, g, scratch);
+    work = {.tasks = g.tasks(), .scratch = scratch.used()};
+  });
+  return work;
+}
+
+void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
+  with_types(p.element, [&](auto operand, auto element) {
+    run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
+  });
+}
+
+// One axis of a transposed convolution's phase.
+struct Phase {
+  int64_t taps, first, count, pad;  // of y: the first pixel, and how many
+
+  Phase(int64_t rest, int64_t kernel, int64_t stride, int64_t pad_of_x, int64_t size)
+      : taps(rest < kernel ? ceil_div(kernel - rest, stride) : 0),
+        first(((rest - pad_of_x) % stride + stride) % stride),
+        count(first < size ? ceil_div(size - first, stride) : 0),
+        // Pixel i sees pixels i + origin, i + origin - 1, ... of x; the last of them comes first.
+        pad(taps - 1 - (first + pad_of_x - rest) / stride) {}
+};
+
+// f(job) for each phase.
+template <class F>
+void each_phase(const ConvTransposeParams& p, F f) {
+  const char* weight = static_cast<const char*>(p.weight);
+  for (int64_t i = 0; i < p.stride_h; ++i) {
+    const Phase h(i, p.kernel_h, p.stride_h, p.pad_h, p.out_height);
+    for (int64_t j = 0; j < p.stride_w; ++j) {
+      const Phase w(j, p.kernel_w, p.stride_w, p.pad_w, p.out_width);
+      Job job(ConvParams{.element = p.element,
+                         .batch = p.batch,
+                         .height = p.height,
+                         .width = p.width,
+                         .in = p.in,
+                         .out = p.out,
+                         .kernel_h = h.taps,
+                         .kernel_w = w.taps,
+                         .stride_h = 1,
+                         .stride_w = 1,
+                         .pad_h = h.pad,
+                         .pad_w = w.pad,
+                         .dilation_h = 1,
+                         .dilation_w = 1,
+                         .relu = p.relu,
+                         .relu_sum = p.relu_sum,
+                         .x = p.x,
+                         .add = p.add,
+                         .y = p.y,
+                         .scale = nullptr,
+                         .shift = nullptr,
+                         .weight = weight,
+                         .bias = p.bias});
+      weight += packed_bytes(p.element, p.out, p.in, h.taps, w.taps);
+      job.out_height = h.count;
+      job.out_width = w.count;
+      job.full_height = p.out_height;
+      job.full_width = p.out_width;
+      job.first_h = h.first;
+      job.first_w = w.first;
+      job.step_h = p.stride_h;
+      job.step_w = p.stride_w;
+      if (h.count * w.count > 0) f(job);
+    }
   }
 }
 
 }  // namespace
 
-Work plan_conv(const ConvParams& p, int threads) {
-  Work work;
-  with_types(p.element, [&](auto operand, auto) {
-    using Operand = decltype(operand);
-    const Geometry g = Geometry::of(p, threads, operand);
-    Scratch scratch(nullptr);
-    scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
-    work = {.tasks = ceil_div(g.pixels, g.block), .scratch = scratch.used()};
+Work plan_conv(const ConvParams& p, int threads) { return plan(Job(p), threads); }
+
+void conv(const ConvParams& p, int threads, int64_t begin, int64_t end, void* scratch) {
+  run(Job(p), threads, begin, end, scratch);
+}
+
+// A task is a part of every phase, since they may differ in work.
+Work plan_conv_transpose(const ConvTransposeParams& p, int threads) {
+  Work work{threads, 0};
+  each_phase(p, [&](const Job& job) {
+    const size_t scratch = plan(job, threads).scratch;
+    if (scratch > work.scratch) work.scratch = scratch;
   });
   return work;
 }
 
-void conv(const ConvParams& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  with_types(p.element, [&](auto operand, auto element) {
-    run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
+void conv_transpose(const ConvTransposeParams& p, int threads, int64_t begin, int64_t end,
+                    void* scratch) {
+  each_phase(p, [&](const Job& job) {
+    const int64_t tasks = plan(job, threads).tasks;
+    run(job, threads, tasks * begin / threads, tasks * end / threads, scratch);
   });
 }
 

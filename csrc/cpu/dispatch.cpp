@@ -177,7 +177,7 @@ bool multiplies(const Kernels& kernels, Element element) {
   p.width = kPixels;
   p.in = kIn;
   p.out = kOut;
-  p.kernel_h = p.kernel_w = p.stride_h = p.stride_w = 1;
+  p.kernel_h = p.kernel_w = p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
   p.x = x.as<void>();
   p.y = y.as<void>();
   p.weight = packed.as<void>();

@@ -4,8 +4,9 @@
 // A's rows are pixels of an activation in NHWC: for slot s, `taps` runs of `depth` values,
 // the first at a + at[s], the next `tap_stride` further on. So a 1x1 convolution is one run;
 // a 3x3 over a zero-padded map is three, each of three neighbours' channels; nothing is
-// gathered. Several segments, each with its own A and B, add up into one C: a block's last
-// convolution and its projected shortcut are one product.
+// gathered. In float32 a run may also lie anywhere, with a place of its own in `at`. Several
+// segments, each with its own A and B, add up into one C: a block's last convolution and its
+// projected shortcut are one product.
 //
 // B is packed in panels of kPanel output channels: [panel][k][channel], zeros beyond the last
 // channel; a last panel of at most kLanes channels is that narrow.
@@ -62,7 +63,8 @@ struct Segment {
   const int64_t* at;  // per slot, in elements
   int64_t stride;     // from one slot of a group to the next, in elements
   int64_t taps, tap_stride, depth;
-  const void* b;  // packed
+  const void* b;        // packed
+  int64_t at_step = 0;  // from a slot's place in `at` to that of its next tap; float32 only
 
   // Pixels one after the other, one run of `depth` each.
   static Segment dense(const Operand* a, const int64_t* at, int64_t depth, const void* b) {
@@ -74,6 +76,7 @@ template <class E>
 struct Epilogue {
   const float* bias;
   bool relu;
+  bool relu_sum = false;  // behind add, before low
   E* y;
   const int64_t* y_at;     // per slot, in elements; negative: no pixel, nothing is stored
   const E* add = nullptr;  // laid out like y
@@ -90,26 +93,16 @@ struct Epilogue {
     }
   }
 
-  // Finishes the sums of slots s, s + 1, ... and channels n, n + 1, ...
+  // Finishes the sums of slots s, s + 1, ... and channels n, n + 1, ...; `lanes` of the last
+  // register count.
   template <int M, int V, class Lanes>
   void finish(Vec (&sum)[M][V], int64_t s, int64_t n, Lanes lanes) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec b = load(bias + n + v * kLanes, lanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sum[m][v] += b;
+    if constexpr (V > 1 && !is_same<Lanes, Whole>) {
+      finish_registers<0, V - 1>(sum, s, n, Whole{});
+      finish_registers<V - 1, V>(sum, s, n, lanes);
+    } else {
+      finish_registers<0, V>(sum, s, n, lanes);
     }
-    if (relu) each_sum(sum, [&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
-    if (add) {
-      each_sum(sum,
-               [&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
-    }
-    if (low) {
-      each_sum(sum, [&](Vec& x, int m, int v) {
-        x += load(low + low_at[s + m] + n + v * kLanes, lanes);
-      });
-    }
-    each_sum(sum, [&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
   }
 
   // The same for a tile of sums in memory, with any number of channels.
@@ -131,13 +124,35 @@ struct Epilogue {
   }
 
  private:
-  template <int M, int V, class F>
+  template <int First, int Last, int M, int V, class F>
   static void each_sum(Vec (&sum)[M][V], F f) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) f(sum[m][v], m, v);
+      for (int v = First; v < Last; ++v) f(sum[m][v], m, v);
     }
+  }
+
+  // Registers First ... Last - 1 of each slot.
+  template <int First, int Last, int M, int V, class Lanes>
+  void finish_registers(Vec (&sum)[M][V], int64_t s, int64_t n, Lanes lanes) const {
+    const auto each_sum = [&](auto f) { Epilogue::each_sum<First, Last>(sum, f); };
+#pragma GCC unroll 4
+    for (int v = First; v < Last; ++v) {
+      const Vec b = load(bias + n + v * kLanes, lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m][v] += b;
+    }
+    if (relu) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+    if (add) {
+      each_sum([&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
+    }
+    if (relu_sum) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+    if (low) {
+      each_sum(
+          [&](Vec& x, int m, int v) { x += load(low + low_at[s + m] + n + v * kLanes, lanes); });
+    }
+    each_sum([&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
   }
 };
 
@@ -148,22 +163,24 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
   epilogue.prefetch(s0, M, n0, V * kLanes);
   Vec sum[M][V] = {};
   for (; segments > 0; --segments, ++segment) {
-    const float* row[M];
-    for (int m = 0; m < M; ++m) row[m] = segment->a + segment->at[s0 + m];
     const float* b = static_cast<const float*>(segment->b) + n0 * segment->taps * segment->depth;
-    for (int64_t tap = 0; tap < segment->taps; ++tap) {
-      const int64_t first = tap * segment->tap_stride, last = first + segment->depth;
+    const float* a = segment->a;
+    const int64_t* at = segment->at + s0;
+    for (int64_t tap = 0; tap < segment->taps;
+         ++tap, a += segment->tap_stride, at += segment->at_step) {
+      const float* row[M];
+      for (int m = 0; m < M; ++m) row[m] = a + at[m];
 #pragma GCC unroll 2
-      for (int64_t k = first; k < last; ++k, b += V * kLanes) {
+      for (int64_t k = 0; k < segment->depth; ++k, b += V * kLanes) {
         Vec w[V];
         for (int i = 0; i < V * kLanes; i += 16) __builtin_prefetch(b + kAhead * V * kLanes + i);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) w[v] = load(b + v * kLanes, Whole{});
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Vec a = splat(row[m][k]);
+          const Vec x = splat(row[m][k]);
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sum[m][v] = fma(a, w[v], sum[m][v]);
+          for (int v = 0; v < V; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
         }
       }
     }
@@ -171,9 +188,7 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
   if (n - n0 >= V * kLanes) {
     epilogue.finish(sum, s0, n0, Whole{});
   } else {
-    float sums[M * V * kLanes];
-    memcpy(sums, sum, sizeof sums);
-    epilogue.finish(sums, V * kLanes, M, n - n0, s0, n0);
+    epilogue.finish(sum, s0, n0, Part{static_cast<int>(n - n0 - (V - 1) * kLanes)});
   }
 }
 
@@ -189,13 +204,13 @@ MultiplyTile<E> tile_of(int64_t rows) {
   return multiply_tile<M, V, E>;
 }
 
-// All slots by all n channels, finished by the epilogue.
+// All slots by channels n_first, a multiple of kPanel, to n - 1, finished by the epilogue.
 template <class E>
-void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n,
+void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
           const Epilogue<E>& epilogue) {
   // Tiles of even height: two of 7 rows keep the FMA ports busier than one of 12 and one of 2.
   const int64_t rows = ceil_div(slots, ceil_div(slots, kRows));
-  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+  for (int64_t n0 = n_first; n0 < n; n0 += kPanel) {
     const bool narrow = n - n0 <= kLanes;
     const auto choose = narrow ? tile_of<1, E> : tile_of<kVectors, E>;
     for (int64_t s0 = 0; s0 < slots; s0 += rows)

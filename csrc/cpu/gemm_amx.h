@@ -63,17 +63,18 @@ void multiply_tiles(const Segment<bf16>* segment, int segments, int64_t s0, int6
     tile_store<3>(sums + kTileRows * kTilePanel + 16, kSumBytes);
 }
 
-// All slots by all n channels. One tile's sums are finished while the next tile's are formed: the
-// epilogue takes as long as the products of a short K, and waits for none of them.
+// All slots by channels n_first, a multiple of kTilePanel, to n - 1. One tile's sums are finished
+// while the next tile's are formed: the epilogue takes as long as the products of a short K, and
+// waits for none of them.
 template <class E>
-void gemm(const Segment<bf16>* segment, int segments, int64_t slots, int64_t n,
+void gemm(const Segment<bf16>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
           const Epilogue<E>& epilogue) {
   alignas(kAlign) float sums[2][2 * kTileRows * kTilePanel];
   struct {
     int64_t s0, rows, n0, channels;
   } last{};
   int turn = 0;
-  for (int64_t n0 = 0; n0 < n; n0 += kTilePanel) {
+  for (int64_t n0 = n_first; n0 < n; n0 += kTilePanel) {
     const int64_t channels = min(kTilePanel, n - n0);
     const auto one = channels > 16 ? multiply_tiles<1, 2> : multiply_tiles<1, 1>;
     const auto two = channels > 16 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>;

@@ -25,36 +25,59 @@ struct Work {
   size_t scratch;  // bytes that each thread needs, 64-byte aligned
 };
 
-// y = conv3(relu(b2 + conv2(relu(b1 + conv1(relu(scale * x + shift)))))) + b3 + shortcut
+// y = act(conv3(relu(b2 + conv2(relu(b1 + conv1(pre(x)))))) + b3 + shortcut)
 //     [+ low, upsampled x2 by nearest neighbour]
-// conv1, conv3: 1x1; conv2: 3x3, padding 1. The shortcut is x (in == out channels), or
-// project(x) + bp. The BatchNorms before conv2 and conv3 are folded into conv1 and conv2.
+// pre = relu(scale * x + shift) if scale, else x; act = relu if relu. conv1, conv3: 1x1; conv2:
+// 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
+// are folded into the convolutions.
 struct BottleneckParams {
   Element element;
+  bool relu;
   int64_t batch, height, width;
   int64_t in, middle, out;         // channels
   const void* x;                   // (batch, height, width, in)
   const void* low;                 // (batch, height / 2, width / 2, out), or null
   void* y;                         // (batch, height, width, out); may not alias x or low
-  const float *scale, *shift;      // (in)
+  const float *scale, *shift;      // (in), or null
   const void *w1, *w2, *w3, *wp;   // packed; wp null: identity shortcut
   const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)
 };
 
-// y = act(conv(pre(x)) + bias) [+ add]; pre = relu(scale * x + shift) if scale, else x;
-// act = relu if relu. Any kernel size, stride, padding; zero padding applies after pre.
+// y = act_sum(act(conv(pre(x)) + bias) [+ add]); pre = relu(scale * x + shift) if scale, else x;
+// act = relu if relu, act_sum likewise. Any kernel size, stride, padding, dilation; zero padding
+// applies after pre.
 struct ConvParams {
   Element element;
   int64_t batch, height, width;  // of x
   int64_t in, out;               // channels
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
-  bool relu;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool relu, relu_sum;
   const void* x;               // (batch, height, width, in)
   const void* add;             // like y, or null
   void* y;                     // (batch, out_height, out_width, out)
   const float *scale, *shift;  // (in), or null
   const void* weight;          // packed
   const float* bias;           // (out)
+};
+
+// The transposed convolution: pixel (i, j) of x adds its products with the kernel to the pixels of
+// y from (i * stride - pad, j * stride - pad) on; otherwise as above.
+//
+// The pixels of y whose place, plus pad, leaves the rest r when divided by the stride form a phase.
+// Only every stride-th tap of the kernel, from tap r, reaches them: each phase is an ordinary
+// convolution by those taps, in reverse order, and has its weight packed for itself.
+struct ConvTransposeParams {
+  Element element;
+  int64_t batch, height, width;   // of x
+  int64_t in, out;                // channels
+  int64_t out_height, out_width;  // of y
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  bool relu, relu_sum;
+  const void* x;       // (batch, height, width, in)
+  const void* add;     // like y, or null
+  void* y;             // (batch, out_height, out_width, out)
+  const void* weight;  // packed, phase by phase: rest (0, 0), (0, 1), ...
+  const float* bias;   // (out)
 };
 
 // y = skip + every low, upsampled x1 to x8 by nearest neighbour; then relu if relu.
@@ -70,17 +93,34 @@ struct UpsampleAddParams {
   void* y;
 };
 
-// y = 2x2 maximum of x with stride 2; an odd last row or column is dropped. NaN wins.
-struct MaxPoolParams {
+// y = the maximum of x over windows, where NaN wins, or their mean. Every window has a pixel of x.
+// The mean is over the window's pixels of x, or with count_pad over its places in the padded map.
+struct PoolParams {
   Element element;
+  bool mean, count_pad;
   int64_t batch, height, width, channels;  // of x
+  int64_t out_height, out_width;           // of y
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   const void* x;
   void* y;
 };
 
-// y = a + b, elementwise over `count` elements.
+// y = maps one after the other in every pixel's channels [+ add].
+struct ConcatParams {
+  static constexpr int kMaps = 16;
+  Element element;
+  int64_t pixels;  // over the batch
+  int maps;        // 1 to kMaps
+  int64_t channels[kMaps];
+  const void* x[kMaps];  // (pixels, channels[i])
+  const void* add;       // like y, or null
+  void* y;               // (pixels, sum of the channels)
+};
+
+// y = a + b, elementwise over `count` elements; then relu if relu.
 struct AddParams {
   Element element;
+  bool relu;
   int64_t count;
   const void *a, *b;
   void* y;
@@ -142,11 +182,16 @@ struct Kernels {
                      void* scratch);
   Work (*plan_conv)(const ConvParams&, int threads);
   void (*conv)(const ConvParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_conv_transpose)(const ConvTransposeParams&, int threads);
+  void (*conv_transpose)(const ConvTransposeParams&, int threads, int64_t begin, int64_t end,
+                         void* scratch);
   Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
   void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end,
                        void* scratch);
-  Work (*plan_max_pool)(const MaxPoolParams&, int threads);
-  void (*max_pool)(const MaxPoolParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_pool)(const PoolParams&, int threads);
+  void (*pool)(const PoolParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_concat)(const ConcatParams&, int threads);
+  void (*concat)(const ConcatParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_add)(const AddParams&, int threads);
   void (*add)(const AddParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_decode)(const DecodeParams&, int threads);

@@ -20,21 +20,21 @@ inline void prologue(const E* x, int64_t channels, const float* scale, const flo
   }
 }
 
-// Whole pixels, dense in x, padded in y.
+// Whole pixels, dense in x, `stride` apart and padded in y.
 template <class Operand, class E>
 inline void prologue_pixels(const E* x, int64_t pixels, int64_t channels, const float* scale,
-                            const float* shift, Operand* y) {
-  const int64_t stride = padded<Operand>(channels);
+                            const float* shift, Operand* y, int64_t stride) {
   for (int64_t i = 0; i < pixels; ++i, x += channels, y += stride) {
     prologue(x, channels, scale, shift, y);
     memset(static_cast<void*>(y + channels), 0, (stride - channels) * sizeof(Operand));
   }
 }
 
-template <class A, class B>
-constexpr bool is_same = false;
-template <class A>
-constexpr bool is_same<A, A> = true;
+template <class Operand, class E>
+inline void prologue_pixels(const E* x, int64_t pixels, int64_t channels, const float* scale,
+                            const float* shift, Operand* y) {
+  prologue_pixels(x, pixels, channels, scale, shift, y, padded<Operand>(channels));
+}
 
 // Products can read dense pixels of x where they lie: nothing to convert, nothing to pad, and
 // no group of slots that runs past the end.

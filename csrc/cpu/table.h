@@ -15,8 +15,10 @@ void pack(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w, 
 
 HGFAST_KERNEL(bottleneck, BottleneckParams);
 HGFAST_KERNEL(conv, ConvParams);
+HGFAST_KERNEL(conv_transpose, ConvTransposeParams);
 HGFAST_KERNEL(upsample_add, UpsampleAddParams);
-HGFAST_KERNEL(max_pool, MaxPoolParams);
+HGFAST_KERNEL(pool, PoolParams);
+HGFAST_KERNEL(concat, ConcatParams);
 HGFAST_KERNEL(add, AddParams);
 HGFAST_KERNEL(decode, DecodeParams);
 #undef HGFAST_KERNEL

@@ -148,6 +148,11 @@ inline Vec load(const bf16* p, Lanes lanes) {
   return from_bf16(load_halves(p, lanes));
 }
 
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
 // f(i, lanes) for each register's worth of `count` elements.
 template <class F>
 inline void each(int64_t count, F f) {
