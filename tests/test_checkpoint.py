@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import re
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from field.princeton import PoseNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgfast.models import hourglass, load_checkpoint
-from hgfast.models.checkpoint import bearpaw_name
+from hgfast.models.checkpoint import bearpaw_name, princeton_name
 
 State = dict[str, Tensor]
 SIZES = {"stacks": 2, "features": 16, "blocks": 2, "depth": 3, "joints": 5}
@@ -115,6 +117,108 @@ def test_bearpaw_names_mean_this_network(sizes: dict[str, int]) -> None:
     for heatmap, reference in zip(given, expected, strict=True):
         assert heatmap.shape == (2, options["joints"], 16, 16)
         torch.testing.assert_close(heatmap, reference, rtol=1e-5, atol=1e-5)
+
+
+def princeton(
+    stacks: int = 2, features: int = 16, joints: int = 5, depth: int = 3, increase: int = 0
+) -> nn.Module:
+    """The network of that layout, written apart from this library, with its names."""
+    torch.manual_seed(stacks)
+    stem = features // 4, features // 2
+    return randomised(PoseNet(stacks, features, joints, depth, increase, stem))
+
+
+def assert_princeton(model: nn.Module, loaded: nn.Module, side: int = 64) -> None:
+    """In float64: the two layouts of memory round differently in float32."""
+    image = torch.randn(1, side, side + 64, 3, generator=torch.Generator().manual_seed(1)).double()
+    with torch.inference_mode():
+        expected = copy.deepcopy(model).double()(image)
+        given = copy.deepcopy(loaded).double()(image.permute(0, 3, 1, 2))
+    assert len(given) == expected.shape[1]
+    for stack, heatmap in enumerate(given):
+        torch.testing.assert_close(heatmap, expected[:, stack], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"stacks": 1, "depth": 1, "joints": 1},
+        {"stacks": 2, "depth": 3},
+        {"stacks": 8, "depth": 4, "features": 32, "joints": 16},
+    ],
+)
+def test_princeton_names_mean_this_network(sizes: dict[str, int]) -> None:
+    model = princeton(**sizes)
+    loaded = load_checkpoint(model)
+    assert_princeton(model, loaded)
+    # And back: each of its weights is one of the given, and all but the unused are there.
+    state = model.state_dict()
+    read = {princeton_name(name): value for name, value in loaded.state_dict().items()}
+    assert all(torch.equal(state[name], value) for name, value in read.items())
+    unread = state.keys() - read.keys()
+    assert unread
+    assert all("skip_layer" in name and not is_needed(model, name) for name in unread)
+
+
+def is_needed(model: nn.Module, skip_layer: str) -> bool:
+    return bool(model.get_submodule(skip_layer.split(".skip_layer")[0]).need_skip)
+
+
+def test_princeton_hg8_at_true_size() -> None:
+    torch.manual_seed(0)
+    model = randomised(PoseNet())
+    loaded = load_checkpoint({f"model.module.{k}": v for k, v in model.state_dict().items()})
+    assert len(loaded.hourglasses) == 8
+    assert loaded.heads[7].heatmap.weight.shape == (16, 256, 1, 1)
+    assert_princeton(model, loaded)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.module.", "model.module._orig_mod."])
+def test_princeton_file_of_the_training_script(tmp_path: Path, prefix: str) -> None:
+    model = princeton()
+    training = {
+        "epoch": 46,
+        "state_dict": {prefix + name: value for name, value in model.state_dict().items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
+    }
+    torch.save(training, tmp_path / "checkpoint.pt")
+    assert_princeton(model, load_checkpoint(tmp_path / "checkpoint.pt"))
+
+
+def test_princeton_without_the_unused_and_the_counters() -> None:
+    model = princeton()
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+        and ("skip_layer" not in name or is_needed(model, name))
+    }
+    assert_princeton(model, load_checkpoint(state))
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("pre.1.skip_layer.conv.weight", r"missing \(first: pre\.1\.skip_layer\.conv\.weight\)"),
+        ("hgs.1.0.low2.up1.conv2.conv.bias", r"missing \(first: hgs\.1\.0\.low2\.up1\.conv2"),
+        ("merge_preds.0.conv.conv.weight", r"1 missing \(first: merge_preds\.0"),
+    ],
+)
+def test_princeton_incomplete(lost: str, message: str) -> None:
+    state = princeton().state_dict()
+    del state[lost]
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(state)
+
+
+def test_princeton_that_widens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"low1\..* has shape|missing|unexpected"):
+        load_checkpoint(princeton(increase=8))
+
+
+def test_princeton_with_a_stem_of_other_widths_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pre\.0\.conv\.weight has shape \(64, 3, 7, 7\)"):
+        load_checkpoint(PoseNet(1, 32, 5, 2))
 
 
 @pytest.mark.parametrize("stem", ["paper", "bearpaw"])

@@ -1,7 +1,7 @@
 """Public checkpoints of stacked hourglasses, read into :func:`hgfast.models.hourglass`.
 
-Two layouts of names are known: this library's own, and the one that the public PyTorch
-hourglasses share (Wei Yang's pytorch-pose and its descendants), called "bearpaw" here:
+Three layouts of names are known: this library's own, and two of public PyTorch hourglasses.
+"bearpaw" is what Wei Yang's pytorch-pose and its descendants share:
 
     conv1, bn1, layer1.0, layer2.0, layer3.0             the stem
     hg.S.hg.L.P.B       stack S, level L counted from the bottom, place P, residual B;
@@ -9,6 +9,23 @@ hourglasses share (Wei Yang's pytorch-pose and its descendants), called "bearpaw
     res.S.B  fc.S.0  fc.S.1  score.S                     residuals, conv, norm, heatmaps
     fc_.S  score_.S                                      the remerge after stack S
     bn1 conv1 bn2 conv2 bn3 conv3 downsample.0           inside a residual
+
+"princeton" is that of princeton-vl/pytorch_stacked_hourglass, by the paper's own group:
+
+    pre.0.conv  pre.0.bn  pre.1  pre.3  pre.4            the stem, "paper"
+    hgs.S.0.PATH        stack S; PATH is up1, low1, low3, or low2. and a PATH one level
+                        down; a low2 that holds no other place is the bottom
+    features.S.0  features.S.1.conv  features.S.1.bn  outs.S.conv
+                                                         residual, conv, norm, heatmaps
+    merge_features.S.conv.conv  merge_preds.S.conv.conv  the remerge after stack S
+    bn1 conv1.conv bn2 conv2.conv bn3 conv3.conv skip_layer.conv
+                                                         inside a residual
+
+There every residual has a skip_layer, and those that keep the width never use it: such weights
+are left out. Every place has one residual. Not read are networks that widen on the way down
+(``increase``, 0 in the published ones), and stems that are not a quarter and half as wide as the
+rest (there they are 64 and 128 wide, whatever the rest is). That network takes images (B, H, W, 3)
+and stacks its heatmaps; read into this library's it takes (B, 3, H, W) and lists them.
 """
 
 from __future__ import annotations
@@ -17,7 +34,8 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +72,29 @@ _HOURGLASS_NAME = re.compile(
     r"hourglasses\.(?P<stack>\d+)\.(?P<path>(?:inner\.)*?)(?P<place>upper|enter|leave|inner)\.(?=\d)"
 )
 
+_PRINCETON_NAMES = (
+    (re.compile(r"stem\.(conv|norm)\."), r"pre.0.\1."),
+    (re.compile(r"stem\.residual1\."), "pre.1."),
+    (re.compile(r"stem\.residual2\."), "pre.3."),
+    (re.compile(r"stem\.residual3\."), "pre.4."),
+    (re.compile(r"hourglasses\.(\d+)\."), r"hgs.\1.0."),
+    (re.compile(r"(upper|enter|leave|inner)\.0\."), r"\1."),
+    (re.compile(r"\bupper\."), "up1."),
+    (re.compile(r"\benter\."), "low1."),
+    (re.compile(r"\binner\."), "low2."),
+    (re.compile(r"\bleave\."), "low3."),
+    (re.compile(r"heads\.(\d+)\.residuals\.0\."), r"features.\1.0."),
+    (re.compile(r"heads\.(\d+)\.(conv|norm)\."), r"features.\1.1.\2."),
+    (re.compile(r"heads\.(\d+)\.heatmap\."), r"outs.\1.conv."),
+    (re.compile(r"remerges\.(\d+)\.features\."), r"merge_features.\1.conv.conv."),
+    (re.compile(r"remerges\.(\d+)\.heatmap\."), r"merge_preds.\1.conv.conv."),
+    (re.compile(r"\.norm\."), ".bn."),
+    (re.compile(r"\.norm([123])\."), r".bn\1."),
+    (re.compile(r"\.conv([123])\."), r".conv\1.conv."),
+    (re.compile(r"\.project\."), ".skip_layer.conv."),
+)
+_UNUSED = re.compile(r"(.*)\.skip_layer\.conv\.(weight|bias)")
+
 
 def bearpaw_name(name: str, depth: int) -> str:
     """The name in the bearpaw layout of what this library calls ``name``."""
@@ -63,6 +104,13 @@ def bearpaw_name(name: str, depth: int) -> str:
         place = _PLACES[found["place"]]
         name = f"hg.{found['stack']}.hg.{level}.{place}.{name[found.end() :]}"
     for pattern, replacement in _BEARPAW_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def princeton_name(name: str) -> str:
+    """The name in the princeton layout of what this library calls ``name``."""
+    for pattern, replacement in _PRINCETON_NAMES:
         name = pattern.sub(replacement, name)
     return name
 
@@ -78,7 +126,7 @@ def load_checkpoint(
 
     Args:
         model_or_path: a file (.pth, .pth.tar, .pt, .safetensors), a loaded checkpoint or
-            state_dict, or a module; in the bearpaw layout or in this library's own.
+            state_dict, or a module; in the bearpaw or princeton layout or this library's own.
 
     Returns:
         A :func:`hgfast.models.hourglass` in eval mode, on the CPU, in float32, with weights
@@ -177,15 +225,19 @@ def _tensors(content: Mapping[str, Any], origin: str) -> State:
 
 
 def _build(state: State, origin: str) -> StackedHourglass:
-    own = any(name.startswith(("stem.", "hourglasses.", "heads.")) for name in state)
-    options = _own_options(state) if own else _bearpaw_options(state)
+    rename: Callable[[str], str]
+    if any(name.startswith(("stem.", "hourglasses.", "heads.")) for name in state):
+        options, rename = _own_options(state), str
+    elif any(name.startswith(("pre.", "hgs.", "outs.")) for name in state):
+        options, rename = _princeton_options(state), princeton_name
+        state = _without_unused(state)
+    else:
+        options = _bearpaw_options(state)
+        rename = partial(bearpaw_name, depth=options["depth"])
     # On "meta" nothing is allocated or drawn from the random generator in vain.
     with torch.device("meta"):
         model = hourglass(**options)
-    expected = {
-        name if own else bearpaw_name(name, options["depth"]): (name, value)
-        for name, value in model.state_dict().items()
-    }
+    expected = {rename(name): (name, value) for name, value in model.state_dict().items()}
     _check({name: value for name, (_, value) in expected.items()}, state, origin, options)
     weights: State = {}
     for name, (own_name, value) in expected.items():
@@ -219,6 +271,32 @@ def _bearpaw_options(state: State) -> dict[str, Any]:
         "joints": joints,
         "stem": "bearpaw",
     }
+
+
+def _princeton_options(state: State) -> dict[str, Any]:
+    joints, features = _matrix(state, "outs.0.conv.weight")
+    descents = [name.count("low2.") for name in state if name.startswith("hgs.0.")]
+    return {
+        "stacks": _count(state, r"outs\.(\d+)\."),
+        "features": features,
+        "blocks": 1,
+        "depth": max([1, *descents]),
+        "joints": joints,
+        "stem": "paper",
+    }
+
+
+def _without_unused(state: State) -> State:
+    """Without the projections of residuals that keep their width: they are never run."""
+
+    def is_unused(name: str) -> bool:
+        found = _UNUSED.fullmatch(name)
+        if found is None:
+            return False
+        weight = state.get(f"{found[1]}.skip_layer.conv.weight")
+        return weight is not None and weight.ndim == 4 and weight.shape[0] == weight.shape[1]
+
+    return {name: value for name, value in state.items() if not is_unused(name)}
 
 
 def _count(state: State, pattern: str, absent: int = 1) -> int:
