@@ -162,8 +162,8 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _in_regions(judge: _Judge, regions: Sequence[Region], inputs: Sequence[Any]) -> Culprit | None:
-    reached = reached(judge.model, regions, inputs)
-    found = [(region, bound, _off_of_region(judge, region, bound)) for region, bound in reached]
+    arrived = reached(judge.model, regions, inputs)
+    found = [(region, bound, _off_of_region(judge, region, bound)) for region, bound in arrived]
     for limit in _LIMITS:
         for region, bound, off in found:
             if off.times > limit:

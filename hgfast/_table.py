@@ -16,8 +16,9 @@ def render(
     """Lay out rows under a title and column headings.
 
     Numbers stand at the right of their column: integers with thousands separated, floats with
-    three significant digits. Text stands at the left; None leaves the cell empty. Nothing is
-    ever cut off or coloured, so that the text can be searched and pasted.
+    three significant digits, or all that stand before the point. Text stands at the left; None
+    leaves the cell empty. Nothing is ever cut off or coloured, so that the text can be searched
+    and pasted.
 
     Raises:
         ValueError: a row has more or fewer cells than there are columns.
@@ -83,5 +84,5 @@ def _text(cell: Cell) -> str:
     if cell is None:
         return ""
     if isinstance(cell, float):
-        return f"{cell:.3g}"
+        return f"{cell:,.0f}" if 1e3 <= abs(cell) < 1e6 else f"{cell:.3g}"
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)

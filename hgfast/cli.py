@@ -18,12 +18,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, CPU, GPU, and which kernels are built")
     demo = commands.add_parser("demo", help="optimise, verify and time a network, draw its poses")
 
-    # Only the demo needs what draws pictures, so only the demo imports it.
+    explain = commands.add_parser("explain", help="what becomes of a network of your own")
+
+    # Each command imports what it needs: only the demo draws pictures, and info is quick.
     if arguments[:1] == ["demo"]:
         from hgfast.demo.cli import add_arguments, run
 
         add_arguments(demo)
         return run(parser.parse_args(arguments))
+
+    if arguments[:1] == ["explain"]:
+        from hgfast import explain as command
+
+        command.add_arguments(explain)
+        return command.run(parser.parse_args(arguments))
 
     parser.parse_args(arguments)
     from hgfast.info import print_info

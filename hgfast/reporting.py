@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -536,16 +536,34 @@ def _first_line(error: Exception) -> str:
 # --- Blocks that share a line ---
 
 
-def together(rows: Sequence[Replaced]) -> list[list[Replaced]]:
+class Placed(Protocol):
+    """What is told of a block wherever it is told."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def region(self) -> str: ...
+    @property
+    def part_of(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Placed)
+
+
+def together(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of the same kind, run in the same way, in one place of the model; in order."""
-    groups: dict[Any, list[Replaced]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
         key = (row.kind, row.backend, row.region, row.part_of or _place(row.name))
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
-def label_of(group: Sequence[Replaced]) -> str:
+def label_of(group: Sequence[Placed]) -> str:
     """A name for all: what their names begin with."""
     if len(group) == 1:
         return shown(group[0].name)
@@ -561,7 +579,7 @@ def label_of(group: Sequence[Replaced]) -> str:
     return ".".join([*common, "*"])
 
 
-def kind_of(group: Sequence[Replaced]) -> str:
+def kind_of(group: Sequence[Placed]) -> str:
     return f"{len(group)} x {group[0].kind}" if len(group) > 1 else group[0].kind
 
 
