@@ -29,8 +29,10 @@ def hollow(*names: str) -> None:
             continue
         top, *rest = name.split(".")
         spec = importlib.util.find_spec(top) if top not in sys.modules else None
-        locations = spec.submodule_search_locations if spec else getattr(
-            sys.modules.get(top), "__path__", None
+        locations = (
+            spec.submodule_search_locations
+            if spec
+            else getattr(sys.modules.get(top), "__path__", None)
         )
         if not locations:
             pytest.skip(f"{top} {REASON}", allow_module_level=True)
