@@ -571,7 +571,8 @@ _LEVELS = {"pool": 1, "upsample_add": -1}
 class Block:
     """Steps that people know under one name: a residual block, a fuse layer, an hourglass.
 
-    Hourglasses hold other blocks; apart from them a step is in one block at most. ``name`` is the qualified name of the module that holds them, ``steps`` are their outputs.
+    Hourglasses hold other blocks; apart from them a step is in one block at most. ``name`` is the
+    qualified name of the module that holds them, ``steps`` are their outputs.
     """
 
     name: str
@@ -585,7 +586,8 @@ class Plan:
 
     ``outputs`` is the module's own container (nested lists, tuples, dicts) with value numbers
     as leaves. ``input_shapes`` are the only shapes it holds for, or None if it holds for any that
-    the ``guards`` (what the module itself asserts) allow. ``blocks`` are names for groups of steps, for the report; steps are what is run.
+    the ``guards`` (what the module itself asserts) allow. ``blocks`` are names
+    for groups of steps, for the report; steps are what is run.
     """
 
     inputs: tuple[int, ...]

@@ -8,6 +8,7 @@ from hgfast.patterns import read_plan
 from hgfast.plan import Bottleneck, Conv, Plan, Remerge, Step, UpsampleAdd
 from hgfast.trace import TraceError, trace, trace_with_example
 
+
 def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> Plan:
     """Read what ``module`` computes at inference as a Plan.
 
@@ -27,12 +28,12 @@ def recognise(module: nn.Module, example: tuple[Tensor, ...] | None = None) -> P
         if example is None:
             raise
         plan = read_plan(trace_with_example(module, example), _shapes(module))
-    if not any(map(_is_fused, plan.steps)):
+    if not any(map(is_fused, plan.steps)):
         raise TraceError("it has no block that could be fused")
     return plan
 
 
-def _is_fused(step: Step) -> bool:
+def is_fused(step: Step) -> bool:
     """Whether a step does more than one of PyTorch's operations: a lone one gains nothing."""
     if isinstance(step, Conv):
         around = step.norm_before, step.norm_after, step.relu, step.relu_sum

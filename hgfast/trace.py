@@ -350,13 +350,14 @@ def _aten_upsample(mode: str) -> Callable[..., Node]:
 def _add(a: Any, b: Any, alpha: float = 1) -> Node:
     if alpha != 1:
         return _unsupported("an addition with a factor")
-    return _binary("add")(a, b)
+    total: Node = _binary("add")(a, b)
+    return total
 
 
 def _binary(op: str) -> Callable[..., Node]:
     """Two activations, or an activation and a number or weight, in either order."""
 
-    def convert(a: Any, b: Any, **others: Any) -> Node:
+    def convert(a: Any, b: Any, **others: Any) -> Any:
         if others:
             return _unsupported(f"{op} with {', '.join(others)}")
         if isinstance(a, Node) and isinstance(b, Node):
@@ -639,11 +640,20 @@ _VIEWS = frozenset(
 )
 
 
-def _weights_of(module: nn.Module, name: str, *attributes: str) -> list[Weight | None]:
+def _weights_of(module: nn.Module, name: str, *attributes: str) -> list[Any]:
+    """The weights under these attributes, None for what is None."""
     held = ((attribute, getattr(module, attribute)) for attribute in attributes)
     return [
         Weight(f"{name}.{attribute}") if value is not None else None for attribute, value in held
     ]
+
+
+def _conv_transpose_module(module: nn.ConvTranspose2d, name: str, x: Node) -> Node:
+    weight, bias = _weights_of(module, name, "weight", "bias")
+    m = module
+    return _conv_transpose2d(
+        x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
+    )
 
 
 def _batch_norm_module(module: _BatchNorm, name: str, x: Node) -> Node:
@@ -656,15 +666,7 @@ def _batch_norm_module(module: _BatchNorm, name: str, x: Node) -> Node:
 #: PyTorch's own modules by class: the normal form of a call of (module, name, x).
 _MODULES: dict[type[nn.Module], Callable[[Any, str, Node], Any]] = {
     nn.Conv2d: _conv_module,
-    nn.ConvTranspose2d: lambda m, name, x: _conv_transpose2d(
-        x,
-        *_weights_of(m, name, "weight", "bias"),
-        m.stride,
-        m.padding,
-        m.output_padding,
-        m.groups,
-        m.dilation,
-    ),
+    nn.ConvTranspose2d: _conv_transpose_module,
     nn.BatchNorm2d: _batch_norm_module,
     nn.SyncBatchNorm: _batch_norm_module,
     nn.GroupNorm: lambda m, name, x: _group_norm(
@@ -719,7 +721,7 @@ def _module_node(module: nn.Module, name: str, x: Node) -> Any:
     """
     for kind in type(module).__mro__:
         convert = _MODULES.get(kind)
-        if convert is not None and type(module).forward is kind.forward:
+        if convert is not None and type(module).forward is getattr(kind, "forward", None):
             return convert(module, name, x)
     return _unsupported(f"{name}, a {type(module).__name__}")
 
@@ -798,9 +800,7 @@ class _Normaliser:
     def _call_module(self, source: fx.Node, module: nn.Module) -> None:
         arguments = [self._read(argument) for argument in (*source.args, *source.kwargs.values())]
         if len(arguments) != 1 or not isinstance(arguments[0], Node):
-            node: Node | None = _unsupported(
-                f"{source.target}, called with more than one activation"
-            )
+            node: Any = _unsupported(f"{source.target}, called with more than one activation")
         else:
             node = _module_node(module, str(source.target), arguments[0])
         if node is not None and len(arguments) == 1 and node is arguments[0]:
@@ -983,11 +983,12 @@ class _KnownSizes:
         if value.target is operator.getitem and isinstance(arguments[0], tuple):
             index = value.args[1]
             return arguments[0][index] if isinstance(index, (int, slice)) else None
-        sign = _COMPARISONS.get(value.target) or _ARITHMETIC.get(value.target)
+        function: Any = value.target
+        sign = _COMPARISONS.get(function) or _ARITHMETIC.get(function)
         if sign is None or len(arguments) != 2:
             return None
         if all(isinstance(item, int) for item in arguments):
-            return value.target(*arguments)
+            return function(*arguments)
         if all(isinstance(item, (int, Guard)) for item in arguments):
             return Guard(sign, (arguments[0], arguments[1]))
         return None
@@ -1017,8 +1018,9 @@ class _KnownSizes:
                 return module.num_features
             return self._channels(x.args[0]) if _keeps_channels(module) else None
         if x.target in (torch.cat, torch.concat):
+            items: Any = x.args[0]
             dim = x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0)
-            parts = [self._channels(item) for item in x.args[0]] if dim == 1 else [None]
+            parts = [self._channels(item) for item in items] if dim == 1 else [None]
             return sum(parts) if all(isinstance(part, int) for part in parts) else None
         if x.target in _CHANNELWISE:
             known = {self._channels(item) for item in x.args if isinstance(item, fx.Node)}
@@ -1078,7 +1080,8 @@ class _Tracer(fx.Tracer):
             self.guards.append(truth)
             return True
         raise TraceError(
-            "its forward depends on the sizes or values of activations; an example input may settle it"
+            "its forward depends on the sizes or values of activations; an example input may "
+            "settle it"
         )
 
     def _sizes(self) -> _KnownSizes:

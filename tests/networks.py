@@ -80,7 +80,7 @@ class MethodHourglass(nn.Module):
         return self._level(self.depth, x)
 
 
-class Bilinear(nn.Module):
+class Foreign(nn.Module):
     """Not expressible as a whole: its blocks are."""
 
     def __init__(self) -> None:
@@ -88,8 +88,7 @@ class Bilinear(nn.Module):
         self.first, self.second = PreactBlock(), PreactBlock()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.interpolate(self.first(x), size=x.shape[2:], mode="bilinear", align_corners=True)
-        return self.second(y)
+        return self.second(torch.cumsum(self.first(x), 1))
 
 
 class Plain(nn.Module):

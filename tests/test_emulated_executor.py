@@ -103,7 +103,7 @@ def test_a_stacked_hourglass(dtype: torch.dtype, kernels: cuda.Kernels) -> None:
 
 def test_pooling_becomes_a_prologue_where_one_block_reads_it(kernels: cuda.Kernels) -> None:
     plan, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
-    pools = [step for step in plan.steps if step.kind == "max_pool"]
+    pools = [step for step in plan.steps if step.kind == "pool"]
     read_once = [
         pool for pool in pools if sum(pool.output in step.inputs for step in plan.steps) == 1
     ]
@@ -361,7 +361,7 @@ def test_weights_changed_before_a_capture_mean_eager(monkeypatch: pytest.MonkeyP
     """Packing inside a capture would become a part of the graph."""
     model = small_hourglass().bfloat16()
     fast = hgfast.optimize(model)
-    monkeypatch.setattr("hgfast.region._is_capturing", lambda: True)
+    monkeypatch.setattr("hgfast.region.is_capturing", lambda: True)
     with torch.inference_mode():
         fast(image().bfloat16())  # nothing changed: the fast path
         next(fast.parameters()).mul_(2)
@@ -375,7 +375,7 @@ def test_weights_changed_before_a_capture_mean_eager(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("on_emulated_gpu")
 def test_a_copy_is_not_packed_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = copy.deepcopy(hgfast.optimize(small_hourglass().bfloat16()))
-    monkeypatch.setattr("hgfast.region._is_capturing", lambda: True)
+    monkeypatch.setattr("hgfast.region.is_capturing", lambda: True)
     with torch.inference_mode(), pytest.warns(hgfast.HgfastWarning, match="were not packed"):
         fast(image().bfloat16())
     assert all(region._state is None for region in regions_of(fast))
@@ -392,7 +392,7 @@ def test_captured_weights_live_as_long_as_the_model(
     x = image().bfloat16()
     with torch.inference_mode():
         with monkeypatch.context() as patch:
-            patch.setattr("hgfast.region._is_capturing", lambda: True)
+            patch.setattr("hgfast.region.is_capturing", lambda: True)
             fast(x)
             fast(x)
         captured = weakref.ref(region._state.executor)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Bilinear, Plain, image, small_hourglass
+from networks import Foreign, Plain, image, small_hourglass
 from torch import Tensor, nn
 
 import hgfast
@@ -130,7 +130,7 @@ def test_options_and_several_peaks() -> None:
 
 
 def test_a_model_that_is_not_replaced_as_a_whole() -> None:
-    model = Bilinear().eval()
+    model = Foreign().eval()
     x = torch.randn(2, 16, 12, 10, generator=torch.Generator().manual_seed(0))
     fast = hgfast.optimize(model, decode="msra")
     assert len(regions_of(fast)) == 2
@@ -184,7 +184,7 @@ def test_restore_copies_and_pickles() -> None:
     assert_equal(run(pickle.load(stream), x), expected)
     assert isinstance(run(hgfast.restore(fast), x), list)
     assert decode_of(fast) is None
-    plain = hgfast.optimize(Bilinear().eval(), decode="newell")
+    plain = hgfast.optimize(Foreign().eval(), decode="newell")
     assert isinstance(run(hgfast.restore(plain), torch.zeros(1, 16, 8, 8)), Tensor)
 
 

@@ -114,7 +114,7 @@ def _feeders(last: Step, steps: dict[int, Step]) -> Iterator[int]:
 
 
 def _hourglasses(steps: Sequence[Step]) -> list[set[int]]:
-    """Steps between where a lower resolution branches off and where it is joined again, outermost."""
+    """Steps from where a lower resolution branches off to where it is joined again, outermost."""
     above: dict[int, set[int]] = {}  # what each value is computed from
     order = {step.output: i for i, step in enumerate(steps)}
     by_output = {step.output: step for step in steps}

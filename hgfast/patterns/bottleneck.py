@@ -37,7 +37,8 @@ def _before(reader: Reader, branch: Node, shortcut: Node) -> Draft | None:
 
 def _behind(reader: Reader, branch: Node, shortcut: Node) -> Draft | None:
     """1x1-BN-ReLU, 3x3-BN-ReLU, 1x1-BN, plus a shortcut (perhaps 1x1-BN), ReLU."""
-    norms, convs = [], []
+    norms: list[Norm | None] = []
+    convs: list[Convolution] = []
     for is_expected in (_is_pointwise, _is_same_3x3, _is_pointwise):
         if not reader.only_use(branch):
             return None

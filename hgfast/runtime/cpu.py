@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hgfast import _native
 from hgfast.plan import (
-    Add,
     Bottleneck,
+    Concat,
     Conv,
+    Plain,
     Plan,
     Pool,
     Remerge,
@@ -43,18 +44,15 @@ def element_of(dtype: torch.dtype, precision: str) -> str:
 
 
 def has_kernel(step: Step) -> bool:
-    """Whether the compiled kernels take this step."""
-    if isinstance(step, Bottleneck):
-        return step.preactivated
+    """Whether the compiled kernels take this step; PyTorch runs the others."""
     if isinstance(step, Conv):
         conv = step.conv
-        plain = conv.groups == 1 and not conv.transposed and conv.dilation == (1, 1)
-        return plain and not step.relu_sum
-    if isinstance(step, Pool):
-        return step.mode == "max" and step.is_half
+        return conv.groups == 1 and not (
+            conv.transposed and (conv.dilation != (1, 1) or step.norm_before is not None)
+        )
     if isinstance(step, UpsampleAdd):
-        return step.factors == (2,) and not step.relu
-    return isinstance(step, Remerge) or (isinstance(step, Add) and not step.relu)
+        return len(step.factors) <= 4
+    return not isinstance(step, Plain)
 
 
 class CpuExecutor:
@@ -126,8 +124,10 @@ class CpuExecutor:
                 groups[-1].append(step)
             else:
                 groups.append([step])
-        needed, parts = set(self._outputs), []
+        needed = set(self._outputs)
+        parts: list[_Native | _Torch] = []
         whole = len(groups) == 1
+        arena = native.Arena()  # parts run one after the other
         for group in reversed(groups):
             made = {step.output for step in group}
             read = dict.fromkeys(n for s in group for n in s.inputs if n not in made)
@@ -138,7 +138,9 @@ class CpuExecutor:
                 inputs = list(plan.inputs) if whole else list(read)
                 outputs = self._outputs if whole else [n for n in sorted(made) if n in needed]
                 as_computed = self._as_computed or not whole
-                packed = _packed(native, element, group, weights, inputs, outputs, as_computed)
+                packed = _packed(
+                    native, element, group, weights, inputs, outputs, as_computed, arena
+                )
                 parts.append(_Native(packed, inputs, outputs, dead))
             needed.update(read)
         return parts[::-1]
@@ -212,24 +214,35 @@ def _packed(
     inputs: list[int],
     outputs: list[int],
     as_computed: bool,
+    arena: Any,
 ) -> Any:
-    packed = native.CpuPlan(element)
+    packed = native.CpuPlan(element, arena)
     for step in steps:
-        x, extra = step.inputs[0], step.inputs[1] if len(step.inputs) > 1 else None
+        x, out = step.inputs[0], step.output
+        extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
-            packed.bottleneck(x, step.output, *bottleneck_weights(step, weights), extra)
+            relu = not step.preactivated
+            packed.bottleneck(x, out, *bottleneck_weights(step, weights), extra, relu)
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
-            stride, padding = step.conv.stride, step.conv.padding
-            packed.conv(
-                x, step.output, weight, bias, scale, shift, stride, padding, step.relu, extra
-            )
+            conv, behind = step.conv, (step.relu, extra, step.relu_sum)
+            where = conv.stride, conv.padding
+            if conv.transposed:
+                packed.conv_transpose(x, out, weight, bias, *where, conv.output_padding, *behind)
+            else:
+                packed.conv(x, out, weight, bias, scale, shift, *where, conv.dilation, *behind)
         elif isinstance(step, Remerge):
-            weight, bias = remerge_weights(step, weights)
-            packed.conv(x, step.output, weight, bias, None, None, (1, 1), (0, 0), False, extra)
+            packed.conv(x, out, *remerge_weights(step, weights), add=extra)
         elif isinstance(step, Pool):
-            packed.max_pool(x, step.output)
-        else:  # upsample_add(low, skip), add(a, b)
-            getattr(packed, step.kind)(x, extra, step.output)
+            windows = step.kernel_size, step.stride, step.padding
+            packed.pool(x, out, step.mode, *windows, step.ceil_mode, step.count_include_pad)
+        elif isinstance(step, UpsampleAdd):
+            *lows, skip = step.inputs
+            packed.upsample_add(lows, list(step.factors), skip, out, step.relu)
+        elif isinstance(step, Concat):
+            parts, add = (step.inputs[:-1], step.inputs[-1]) if step.add else (step.inputs, None)
+            packed.concat(list(parts), out, add)
+        else:
+            packed.add(x, extra, out, relu=getattr(step, "relu", False))
     packed.finish(inputs, outputs, as_computed)
     return packed

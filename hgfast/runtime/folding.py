@@ -51,9 +51,9 @@ def fold(conv: Convolution, norm: Norm | None, weights: Weights) -> tuple[Tensor
     if norm is not None:
         scale, shift = affine(norm, weights)
         if conv.transposed:  # its rows are inputs, group by group
-            grouped = weight.unflatten(0, (conv.groups, -1))
+            grouped = weight.reshape(conv.groups, -1, *weight.shape[1:])
             scaled = grouped * scale.view(conv.groups, 1, -1, 1, 1)
-            weight = scaled.flatten(0, 1)
+            weight = scaled.reshape(weight.shape)
         else:
             weight = weight * scale[:, None, None, None]
         bias = bias * scale + shift
