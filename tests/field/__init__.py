@@ -79,7 +79,7 @@ _CASES = (
     Case(
         "princeton widening",
         partial(princeton.PoseNet, **_SMALL, stem=(8, 16), increase=8),
-        partial(princeton.PoseNet, increase=128),
+        partial(princeton.PoseNet, stacks=2, increase=128),
         _NHWC,
         {"hourglass": 2, "bottleneck": 19},
         full_shape=(1, 256, 256, 3),
