@@ -225,7 +225,7 @@ class Region(Forward):
         if state is not None:
             reason = reason or self._obstacle(state, inputs)
             if reason is None and state.executor is not None:
-                if state.executor.asynchronous and _is_capturing():
+                if state.executor.asynchronous and is_capturing():
                     _keep_for_graphs(self.module, state.executor)
                 try:
                     values = state.executor.run(inputs)
@@ -249,7 +249,7 @@ class Region(Forward):
         state = self._state
         finding = "weights" if state is None else self._finding(state)
         if finding in ("structure", "weights"):
-            if _is_capturing():
+            if is_capturing():
                 return None, "a CUDA graph is captured and its weights were not packed before"
             state = self.recognise() if finding == "structure" else self.pack()
             finding = self._finding(state)
@@ -262,40 +262,50 @@ class Region(Forward):
             return "none"
         return _FINDINGS[state.watch.check(torch.is_grad_enabled())]
 
-    def _obstacle(self, state: _State, inputs: tuple[Any, ...]) -> str | None:
+    @staticmethod
+    def _obstacle(state: _State, inputs: tuple[Any, ...]) -> str | None:
         """Why this call cannot take the fast path, as far as the call itself tells."""
-        if _native.is_disabled():
-            return f"{_native.DISABLE} is set"
-        if state.device_type and torch.is_autocast_enabled(state.device_type):
-            return "autocast is enabled"
-        if (
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch._C._get_tracing_state() is not None
-            or forward_ad._current_level >= 0
-        ):
-            return (
-                "something is following PyTorch's operations (a trace, transform or dispatch mode)"
-            )
-        if len(inputs) != len(state.plan.inputs):
-            return f"it was traced with {len(state.plan.inputs)} inputs and got {len(inputs)}"
-        for x in inputs:
-            if type(x) not in (Tensor, nn.Parameter):
-                return f"an input is a {type(x).__name__}"
-            if x.dim() != 4 or x.layout is not torch.strided:
-                return "an input is not a dense tensor (B, C, H, W)"
-            if x.is_neg() or x._is_zerotensor():
-                return "an input is a lazy view"
-            if x.dtype is not state.dtype:
-                return f"an input is {x.dtype} and its weights are {state.dtype}"
-            if x.device != state.device:
-                return f"an input is on {x.device} and its weights are on {state.device}"
-            if x.requires_grad and torch.is_grad_enabled():
-                return "gradients are enabled and an input requires them"
+        if state.dtype is None or state.device is None:
+            return state.reason
+        reason = obstacle(inputs, len(state.plan.inputs), state.dtype, state.device)
         expected = state.plan.input_shapes
-        if expected is not None and tuple(tuple(x.shape) for x in inputs) != expected:
+        if not reason and expected and tuple(tuple(x.shape) for x in inputs) != expected:
             return f"it was recognised for inputs of shape {expected}"
-        return None
+        return reason
+
+
+def obstacle(
+    inputs: tuple[Any, ...], count: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a Plan of ``count`` inputs, its weights of this dtype and on this device, cannot run on
+    ``inputs`` here and now, in words; None if it can."""
+    if _native.is_disabled():
+        return f"{_native.DISABLE} is set"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is enabled"
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return "something is following PyTorch's operations (a trace, transform or dispatch mode)"
+    if len(inputs) != count:
+        return f"it was traced with {count} inputs and got {len(inputs)}"
+    for x in inputs:
+        if type(x) not in (Tensor, nn.Parameter):
+            return f"an input is a {type(x).__name__}"
+        if x.dim() != 4 or x.layout is not torch.strided:
+            return "an input is not a dense tensor (B, C, H, W)"
+        if x.is_neg() or x._is_zerotensor():
+            return "an input is a lazy view"
+        if x.dtype is not dtype:
+            return f"an input is {x.dtype} and its weights are {dtype}"
+        if x.device != device:
+            return f"an input is on {x.device} and its weights are on {device}"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "gradients are enabled and an input requires them"
+    return None
 
 
 #: Executors whose packed weights a CUDA graph points to. They live as long as the module does, as
@@ -309,7 +319,7 @@ def _keep_for_graphs(module: nn.Module, executor: Executor) -> None:
         kept.append(executor)
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
     """Whether a CUDA graph records what this thread does."""
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return initialized and torch.cuda.is_current_stream_capturing()
