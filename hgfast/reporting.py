@@ -26,6 +26,8 @@ _LONG: Final = 32
 #: Steps that no line is worth: they hold no weights, and belong to what surrounds them.
 _CONNECTIONS: Final = ("max_pool", "pool", "add")
 
+_NOT_OPTIMISED: Final = "hgfast: this model is not optimised"
+
 _AND: Final = " and "  # between what runs a block's steps
 
 _HOW: Final = "the share of the work: hgfast.report(fast, *inputs)"
@@ -143,6 +145,8 @@ class Report:
                 way and stand in one place of the model share a line with their number
                 ("hg.0.hg.*  12 x bottleneck"). By default only a long report is folded so.
         """
+        if self.precision is None:
+            return _NOT_OPTIMISED
         return "\n".join(render(*parts) for parts in self._parts(full))
 
     def __str__(self) -> str:
@@ -152,13 +156,10 @@ class Report:
         from rich.console import Group
 
         if self.precision is None:
-            return str(self)
+            return _NOT_OPTIMISED
         return Group(*(rich_table(*parts) for parts in self._parts(None)))
 
     def _parts(self, full: bool | None) -> Iterator[_Table]:
-        if self.precision is None:
-            yield "hgfast: this model is not optimised", [], [], None
-            return
         regions = list(dict.fromkeys(row.region for row in self.replaced))
         where = f"1 region, {shown(regions[0])}" if len(regions) == 1 else f"{len(regions)} regions"
         ours = sum(is_replaced(row.backend) for row in self.replaced)
@@ -249,14 +250,16 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
     replaced, eager_now = [], []
     kernel_flops = unneeded = 0
     in_kernels: dict[str, int] = {}
-    for region in regions_of(fast):
-        calls = work.calls[region.name] if work else None
-        rows, in_kernels[region.name] = _rows(region, calls)
-        replaced += rows
-        if region.backend == "eager":
-            eager_now.append(Skipped(region.name, region.pack().reason or "it has no executor"))
-        kernel_flops += in_kernels[region.name]
-        unneeded += _unneeded(region, calls or [])
+    # With gradients wanted, a region does not look at what became of its weights.
+    with torch.no_grad():
+        for region in regions_of(fast):
+            calls = work.calls[region.name] if work else None
+            rows, in_kernels[region.name] = _rows(region, calls)
+            replaced += rows
+            if region.backend == "eager":
+                eager_now.append(Skipped(region.name, region.pack().reason or "it has no executor"))
+            kernel_flops += in_kernels[region.name]
+            unneeded += _unneeded(region, calls or [])
     left = {}
     for name, flops in work.modules.items() if work else ():
         inside = f"{name}." if name else ""

@@ -235,7 +235,79 @@ def test_the_model_is_left_as_it_is() -> None:
     assert regions_of(fast)
 
 
+def test_nothing_is_computed_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = hgfast.optimize(small_hourglass())
+    seen = set()
+    forward = nn.Conv2d.forward
+
+    def watched(self: nn.Conv2d, x: Tensor) -> Tensor:
+        seen.add(type(x).__name__)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", watched)
+    assert hgfast.report(fast, image()).flops
+    assert seen == {"FakeTensor"}
+
+
+def test_the_shapes_of_the_example_are_known() -> None:
+    class Loop(nn.Module):
+        """As many blocks as its input has rows, by sixes: a Plan holds for one shape."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = PreactBlock()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(x.size(2) // 6):
+                x = self.block(x)
+            return x
+
+    model, x = Loop().eval(), torch.randn(1, 16, 12, 6)
+    fast = hgfast.optimize(model, example=x)
+    assert regions_of(fast)[0].plan.input_shapes == ((1, 16, 12, 6),)
+    assert hgfast.report(fast).flops == eager_flops(model, x)
+
+
+def test_a_region_that_eager_runs_now_is_left_for_a_reason() -> None:
+    fast = hgfast.optimize(small_hourglass()).half()
+    report = hgfast.report(fast, image().half())
+    assert {row.backend for row in report.replaced} == {"eager"}
+    assert report.kernel_flops == 0
+    assert report.flops
+    assert [(row.name, "torch.float16" in row.reason) for row in report.skipped] == [("", True)]
+    text = str(report)
+    assert text.startswith("hgfast: 0 blocks replaced")
+    assert "\n0 % of the model's" in text
+    assert "torch.float16" in text
+
+
+def test_a_model_without_any_work() -> None:
+    with pytest.warns(hgfast.HgfastWarning, match="replaced nothing"):
+        fast = hgfast.optimize(nn.Sequential(nn.ReLU()))
+    report = hgfast.report(fast, torch.rand(2, 3))
+    assert (report.flops, report.share) == (0, None)
+    assert "no convolutions" in str(report)
+
+
 # --- how it is told ---
+
+
+def test_a_model_that_is_not_optimised() -> None:
+    report = hgfast.report(small_hourglass(), image())
+    assert str(report) == report.table(full=True) == "hgfast: this model is not optimised"
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["conv2", "top_m_0"], "conv2, top_m_0"),
+        (["a", "b", "c"], "a, b, c"),
+        (["a", "b", "c", "d"], "a, ..., d"),
+    ],
+)
+def test_names_that_begin_with_nothing_in_common(names: list[str], label: str) -> None:
+    (group,) = together([row(name) for name in names])
+    assert label_of(group) == label
 
 
 def test_to_dict_is_json() -> None:
