@@ -90,6 +90,7 @@ class Explanation:
         whole: median milliseconds of the whole model, "eager" and "hgfast"; None untimed.
         blocks: of each block; empty untimed.
         notes: hgfast's warnings on the way.
+        busy: a warning about the times where the machine had other work; empty where it had not.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Explanation:
     whole: Mapping[str, float] | None
     blocks: tuple[Timing, ...]
     notes: tuple[str, ...]
+    busy: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` prints. These keys are there always, and stay::
@@ -113,7 +115,12 @@ class Explanation:
         timings = None
         if self.whole is not None:
             blocks = [asdict(block) for block in self.blocks]
-            timings = {**self.whole, "how": " ".join(_HOW.split()), "blocks": blocks}
+            timings = {
+                **self.whole,
+                "how": " ".join(_HOW.split()),
+                "busy": self.busy,
+                "blocks": blocks,
+            }
         return {
             "model": self.model,
             "inputs": [list(shape) for shape in self.shapes],
@@ -138,6 +145,7 @@ class Explanation:
             yield self.verification
         if self.whole is None:
             return
+        threads = torch.get_num_threads()
         rows: list[list[Cell]] = [
             ["the whole model", "", *_milliseconds(self.whole["eager"], self.whole["hgfast"])]
         ]
@@ -153,10 +161,10 @@ class Explanation:
                 ]
             )
         yield table(
-            f"milliseconds with {torch.get_num_threads()} threads",
+            f"milliseconds with {threads} thread{'s' * (threads > 1)}",
             ["block", "kind", "eager", "hgfast", "eager / hgfast"],
             rows,
-            _HOW,
+            "\n".join(filter(None, [_HOW, self.busy])),
         )
 
 
@@ -182,6 +190,7 @@ def explain(
     Raises:
         ExplainError: no shape fits.
     """
+    busy = _busy() if timing else ""  # before this very command is what keeps the machine busy
     model.eval()  # on a line of its own: some networks' eval() returns nothing
     inputs = _inputs(model, shapes)
     with warnings.catch_warnings(record=True) as caught:
@@ -208,6 +217,7 @@ def explain(
         whole,
         blocks,
         tuple(dict.fromkeys(notes)),
+        busy,
     )
 
 
@@ -336,6 +346,23 @@ def _timed(
     calls = {name: until_done(call) for name, call in candidates.items()}
     with torch.inference_mode():
         return time_alternately(calls, blocks=2, calls=8, drop=3)
+
+
+def _busy() -> str:
+    """Whether other processes want the cores that PyTorch's threads wait for each other on.
+
+    A thread that has to wait for its core holds up all others at the end of every operation, so
+    it is eager, with its many operations, that looks slower than it is.
+    """
+    if not hasattr(os, "getloadavg"):
+        return ""
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, torch.get_num_threads()
+    if load + threads < cores + 1:
+        return ""
+    return (
+        f"The machine was busy (load {load:.1f} on {cores} cores): eager may look slower than it "
+        "is; try again,\nor with fewer threads (OMP_NUM_THREADS=1)."
+    )
 
 
 def _whole(model: nn.Module, fast: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:

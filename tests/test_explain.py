@@ -162,6 +162,18 @@ def test_regions_inside_and_warnings_are_told() -> None:
     assert str(plain)
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.3, False), (3.0, True)])
+def test_a_busy_machine_is_told(load: float, warned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    result = explain(PreactBlock(), [(1, 16, 8, 8)])
+    assert ("The machine was busy (load 3.0 on 2 cores)" in str(result)) is warned
+    timings = result.to_dict()["timings"]
+    assert bool(timings["busy"]) is warned
+    assert not explain(PreactBlock(), [(1, 16, 8, 8)], timing=False).busy
+
+
 def test_the_model_is_left_eager() -> None:
     model = small_hourglass()
     explain(model, [(1, 3, 32, 32)], timing=False)
