@@ -1091,6 +1091,11 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) is not dict:  # fx would make a plain one of it
+            raise TraceError(f"it makes a {type(a).__name__} of activations")
+        return super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_autocast_enabled("cpu"):
             raise TraceError("its forward enables autocast")

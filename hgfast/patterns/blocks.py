@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hgfast.patterns.match import common_name
-from hgfast.plan import Block, Bottleneck, Concat, Conv, Pool, Step, UpsampleAdd
+from hgfast.plan import Add, Block, Bottleneck, Concat, Conv, Pool, Step, UpsampleAdd
 
 
 def name_blocks(steps: Sequence[Step]) -> tuple[Block, ...]:
@@ -40,6 +40,8 @@ def _candidates(step: Step, steps: dict[int, Step]) -> Iterator[tuple[str, set[i
         yield step.name_of_block, {step.output}
     elif isinstance(step, Conv) and step.relu_sum and len(step.inputs) == 2:
         yield from _residual(step, steps)
+        yield "fuse layer", {step.output, *_feeders(step, steps)}
+    elif isinstance(step, Add) and step.relu and [*_feeders(step, steps)]:
         yield "fuse layer", {step.output, *_feeders(step, steps)}
     elif isinstance(step, Concat) and step.add:
         yield from _multi_scale(step, steps)
