@@ -281,9 +281,7 @@ def test_an_optimised_model_is_freed() -> None:
 
 
 def test_nothing_replaced_warns_and_strict_raises() -> None:
-    with pytest.warns(
-        hgfast.HgfastWarning, match=r"nothing in Plain, because it has no block"
-    ):
+    with pytest.warns(hgfast.HgfastWarning, match=r"nothing in Plain, because it has no block"):
         fast = hgfast.optimize(Plain())
     assert hgfast.report(fast).replaced == []
     model = Plain()
