@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from hgfast._containers import convert
 from hgfast._table import Cell, render, rich_table
@@ -481,6 +480,8 @@ def _count_fake(fast: nn.Module, alike: tuple[Any, ...], names: Sequence[str]) -
 def _count(
     eager: nn.Module, inputs: tuple[Any, ...], fast: nn.Module, names: Sequence[str]
 ) -> _Work:
+    from torch.utils.flop_counter import FlopCounterMode  # here: it imports Triton
+
     eager.eval()
     counter = FlopCounterMode(display=False)
     regions = regions_of(fast)
