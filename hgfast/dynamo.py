@@ -23,11 +23,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from hgfast._warnings import HgfastWarning
+from hgfast.compiling import is_capturing, laid_out
 from hgfast.optimization import PRECISIONS
 from hgfast.patterns import read_plan
-from hgfast.plan import Plan, fill_outputs
+from hgfast.plan import Plan, fill_outputs, output_values
 from hgfast.recognition import is_fused
-from hgfast.region import is_capturing, obstacle
+from hgfast.region import obstacle
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import Node, TraceError, graph_of, output_nodes
 
@@ -80,13 +81,16 @@ class _Compiled:
         nodes = recorded.graph.find_nodes(op="placeholder")
         self._kinds = list(map(_kind, nodes, examples))
         self._names = [n.name for n, kind in zip(nodes, self._kinds, strict=True) if kind == WEIGHT]
+        (output,) = recorded.graph.find_nodes(op="output")
+        self._outputs = [node.meta.get("example_value") for node in output.all_input_nodes]
 
     def __call__(self, *arguments: Any) -> Any:
         images = tuple(self._of_kind(IMAGE, arguments))
         weights = self._of_kind(WEIGHT, arguments)
         reason = self._obstacle(images, weights)
         if reason is None:
-            packed = self._up_to_date(arguments, weights)
+            autocast = torch.is_autocast_enabled(weights[0].device.type)
+            packed = self._up_to_date(arguments, weights, autocast)
             if isinstance(packed.executor, str):
                 reason = packed.executor
             else:
@@ -95,6 +99,11 @@ class _Compiled:
                 except ValueError as error:  # shapes that do not fit: eager has the last word
                     reason = str(error)
                 else:
+                    if autocast:  # the dtypes that dynamo saw, whose guards autocast is one of
+                        for number, seen in zip(
+                            output_values(packed.outputs), self._outputs, strict=True
+                        ):
+                            values[number] = laid_out(values[number], seen.dtype, images[0])
                     return fill_outputs(packed.outputs, values)
         outputs = self._recorded(*arguments)  # where the input is wrong, this raises
         if reason not in self._warned:
@@ -124,25 +133,28 @@ class _Compiled:
             )
         if is_capturing():
             return "a CUDA graph is captured"
-        if torch.is_autocast_enabled(weights[0].device.type):
-            return "autocast is enabled"
         return obstacle(images, len(images), weights[0].dtype, weights[0].device)
 
-    def _up_to_date(self, arguments: tuple[Any, ...], weights: list[Tensor]) -> _Packed:
+    def _up_to_date(
+        self, arguments: tuple[Any, ...], weights: list[Tensor], autocast: bool
+    ) -> _Packed:
         numbers = tuple(number.item() for number in self._of_kind(NUMBER, arguments))
+        precision = "medium" if autocast else self._precision
         with self._lock:
             for packed in self._packed:
-                if packed.fits(numbers, weights):
+                if packed.fits((autocast, *numbers), weights):
                     break
             else:
                 # The snapshot comes first: what changes while packing is noticed at the next call.
-                packed = _Packed(numbers, weights)
-                packed.executor, packed.outputs = self._pack(numbers, weights)
+                packed = _Packed((autocast, *numbers), weights)
+                packed.executor, packed.outputs = self._pack(numbers, weights, precision, autocast)
             others = [item for item in self._packed if item is not packed and item.is_alive()]
             self._packed = [packed, *others][:_KEPT]
             return packed
 
-    def _pack(self, numbers: tuple[Any, ...], weights: list[Tensor]) -> tuple[Executor | str, Any]:
+    def _pack(
+        self, numbers: tuple[Any, ...], weights: list[Tensor], precision: str, as_computed: bool
+    ) -> tuple[Executor | str, Any]:
         """The executor and the container of its outputs; or why there is none, and None."""
         named = dict(zip(self._names, weights, strict=True))
         if numbers not in self._plans:
@@ -154,7 +166,7 @@ class _Compiled:
             return plan, None
         try:
             used = {name: named[name] for name in plan.weights}
-            return choose(plan, used, self._precision), plan.outputs
+            return choose(plan, used, precision, as_computed), plan.outputs
         except ValueError as error:
             return str(error), None
 

@@ -70,7 +70,7 @@ class Convolution:
                 _windows(n, self._reach[i], self.stride[i], self.padding[i])
                 for i, n in enumerate(size)
             )
-        if min(height, width) < 1:
+        if height < 1 or width < 1:
             raise ValueError(f"{self.name} cannot slide over an input of shape {tuple(x)}")
         return batch, self.channels[1], height, width
 
@@ -314,7 +314,7 @@ class Pool(Step):
             _windows(n, self.kernel_size[i], self.stride[i], self.padding[i], self.ceil_mode)
             for i, n in enumerate(size)
         )
-        if min(height, width) < 1:
+        if height < 1 or width < 1:
             (down, across), found = self.kernel_size, tuple(inputs[0])
             raise ValueError(f"pooling needs at least {down}x{across} pixels, got {found}")
         return batch, channels, height, width

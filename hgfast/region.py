@@ -13,20 +13,25 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-from hgfast import _native
+from hgfast import _native, compiling
 from hgfast._warnings import HgfastWarning
+from hgfast.compiling import is_capturing
 from hgfast.decoding import decode
-from hgfast.plan import Plan, Step, fill_outputs
+from hgfast.plan import Plan, Step, fill_outputs, output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import TraceError
@@ -34,10 +39,14 @@ from hgfast.trace import TraceError
 #: What a Watch finds, by number (csrc/watch.cpp), and which findings mean eager for this call.
 _FINDINGS = ("none", "structure", "hook", "training", "gradient", "weights")
 _EAGER_FINDINGS = {
+    "structure": "a module inside it was replaced while it was recorded",
     "hook": "a module inside it has a forward hook",
     "training": "it is in training mode",
     "gradient": "gradients are enabled and a parameter requires them (use torch.inference_mode())",
 }
+
+
+_OTHER_AUTOCAST = "autocast is enabled, and for another dtype than torch.bfloat16"
 
 
 @dataclass
@@ -55,6 +64,21 @@ class Notices:
             )
 
 
+#: Without the packet of overloads, which costs a search at every call.
+run_plan: Any = torch.ops.hgfast.run_plan.default
+
+Method = TypeVar("Method", bound=Callable[..., str])
+
+
+def _constant(method: Method) -> Method:
+    """A method that torch.compile calls while it records, taking the result as a constant.
+
+    What torch.compiler.assume_constant_result does, without importing a compiler for it.
+    """
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
 @dataclass(frozen=True)
 class _State:
     """What a region derived from its module; replaced as a whole when that changes."""
@@ -66,6 +90,7 @@ class _State:
     dtype: torch.dtype | None
     device: torch.device | None
     device_type: str  # "" where there is no executor
+    autocast: dict[str, Executor] = field(default_factory=dict)  # by precision, once one is wanted
 
 
 class Forward:
@@ -134,6 +159,8 @@ class Region(Forward):
         self._lock = threading.RLock()
         self._state: _State | None = None
         self._is_current = True  # whether the plan is known to be that of the module
+        self._generation = "0"  # counts plans; a string, so that torch.compile guards it as it is
+        self._dtypes: dict[tuple[Any, ...], list[torch.dtype]] = {}  # of outputs under autocast
 
     # Caches and locks stay behind when a model is copied or pickled.
     def __getstate__(self) -> dict[str, Any]:
@@ -190,8 +217,7 @@ class Region(Forward):
                     for shape in shapes
                 )
             try:
-                self.plan = recognise(self.module, example)
-                self._is_current = True
+                self._replace_plan(recognise(self.module, example))
                 return self.pack()
             except (TraceError, ValueError) as error:
                 self._is_current = False
@@ -200,6 +226,12 @@ class Region(Forward):
                 reason = f"since it was changed or copied, {error}"
                 self._state = _State(self.plan, watch, None, reason, None, None, "")
                 return self._state
+
+    def _replace_plan(self, plan: Plan) -> None:
+        if plan != self.plan:
+            self._generation = str(int(self._generation) + 1)
+            self._dtypes = {}
+        self.plan, self._is_current = plan, True
 
     @property
     def backend(self) -> str:
@@ -218,16 +250,17 @@ class Region(Forward):
 
     def heatmaps(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            # A packed plan is a handle that no graph can carry away, and nothing would guard it.
-            return self.eager(*args, **kwargs)
+            return self._as_one_op(args, kwargs)
         state, reason = self._up_to_date()
         inputs = self.bind(args, kwargs)
         if state is not None:
             reason = reason or self._obstacle(state, inputs)
             if reason is None and state.executor is not None:
-                if state.executor.asynchronous and is_capturing():
-                    _keep_for_graphs(self.module, state.executor)
                 try:
+                    if state.device_type and torch.is_autocast_enabled(state.device_type):
+                        return self._run_with_autocast(state, inputs)
+                    if state.executor.asynchronous and is_capturing():
+                        _keep_for_graphs(self.module, state.executor)
                     values = state.executor.run(inputs)
                 except ValueError as error:  # shapes that do not fit: eager has the last word
                     reason = str(error)
@@ -240,6 +273,250 @@ class Region(Forward):
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The arguments of a call in the order of the forward's parameters."""
         return self.__signature__.bind(*args, **kwargs).args if kwargs else args
+
+    # --- autocast -----------------------------------------------------------------------------
+
+    def _run_with_autocast(self, state: _State, inputs: Sequence[Tensor]) -> Any:
+        """On kernels that multiply in bfloat16, in the dtypes that eager returns.
+
+        Raises:
+            ValueError: a step cannot take what reaches it, or there is no such executor.
+        """
+        executor = self._executor_for_autocast(state)
+        if executor.asynchronous and is_capturing():
+            _keep_for_graphs(self.module, executor)
+        values = executor.run(inputs)
+        if self.decoding is None:
+            shapes, kinds = [tuple(x.shape) for x in inputs], [x.dtype for x in inputs]
+            dtypes = self._dtypes_with_autocast(state, shapes, kinds)
+            for number, dtype in zip(output_values(state.plan.outputs), dtypes, strict=True):
+                values[number] = compiling.laid_out(values[number], dtype, inputs[0])
+        return fill_outputs(state.plan.outputs, values)
+
+    def _executor_for_autocast(self, state: _State) -> Executor:
+        assert state.executor is not None
+        if state.executor.backend.endswith("bfloat16"):
+            return state.executor
+        with self._lock:
+            if "medium" not in state.autocast:
+                if is_capturing():
+                    raise ValueError("a CUDA graph is captured and autocast had no run before it")
+                weights = tensors_of(self.module)
+                used = {name: weights[name] for name in state.plan.weights}
+                chosen = choose(state.plan, used, "medium", as_computed=True)
+                if isinstance(chosen, str):
+                    raise ValueError(chosen)
+                state.autocast["medium"] = chosen
+            return state.autocast["medium"]
+
+    def _dtypes_with_autocast(
+        self, state: _State, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
+    ) -> list[torch.dtype]:
+        """What eager's outputs are under autocast to bfloat16, found without computing anything."""
+        key = (state.dtype, state.device_type, *dtypes)
+        found = self._dtypes.get(key)
+        if found is None:
+            # Autocast keeps casts of weights, and those made here are no tensors.
+            autocast = torch.autocast(state.device_type, torch.bfloat16, cache_enabled=False)
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            with _disable_current_modes(), torch.no_grad(), autocast, fake:
+                inputs = [
+                    torch.empty(tuple(shape), dtype=dtype, device=state.device)
+                    for shape, dtype in zip(shapes, dtypes, strict=True)
+                ]
+                try:
+                    outputs = self.eager(*inputs)
+                except Exception as error:
+                    raise ValueError(f"eager cannot take what it was given: {error}") from error
+            found = [leaf.dtype for leaf in tree_leaves(outputs)]
+            self._dtypes[key] = found
+        return found
+
+    # --- inside the graphs of torch.compile and torch.export -----------------------------------
+    #
+    # torch.compile follows the Python of the undecorated methods, and every attribute that is read
+    # on the way becomes a guard of its graph: when one changes, this is followed again. The
+    # decorated ones are called while it follows, and give strings, which are constants to it.
+
+    def _as_one_op(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        text = self._plan_text(self._generation)
+        if not text:
+            return self.eager(*args, **kwargs)
+        reason, modules = self._read_modules()
+        inputs = list(args)
+        for name in self._parameter_names().split()[len(args) :]:
+            if name in kwargs:
+                inputs.append(kwargs[name])
+        weights: list[Tensor] = []
+        if not reason:
+            for line in self._places_of_weights().split("\n"):
+                index, name = line.split("\t")
+                weights.append(getattr(modules[int(index)], name))
+            reason = self._misfit(inputs, weights)
+        if reason:
+            self._note(reason)
+            return self.eager(*args, **kwargs)
+        device = weights[0].device.type
+        if not torch.is_autocast_enabled(device):
+            decodes = self.decoding is not None
+            results = run_plan(inputs, weights, text, self.precision, decodes)
+        else:
+            results = run_plan(inputs, weights, text, "medium", True)
+            if self.decoding is None:
+                shapes = "/".join([",".join([str(int(n)) for n in x.shape]) for x in inputs])
+                kinds = "/".join([str(x.dtype) for x in inputs])
+                names = self._names_of_dtypes(shapes, kinds)
+                if not names:
+                    return self.eager(*args, **kwargs)
+                results = [
+                    compiling.laid_out(result, getattr(torch, name), inputs[0])
+                    for result, name in zip(results, names.split(), strict=True)
+                ]
+        if self.decoding is not None:
+            return results[0]
+        values = {int(n): x for n, x in zip(self._numbers("inputs").split(), inputs, strict=True)}
+        for n, result in zip(self._numbers("outputs").split(), results, strict=True):
+            values[int(n)] = result
+        return fill_outputs(self.plan.outputs, values)
+
+    def _read_modules(self) -> tuple[str, list[nn.Module]]:
+        """Why eager must run, or "", and every module of the region."""
+        reason = ""
+        modules: list[nn.Module] = []
+        for line in self._places_of_modules().split("\n"):
+            parent, name, identity, children, modal = line.split("\t")
+            module = getattr(modules[int(parent)], name) if modules else self.module
+            modules.append(module)
+            if id(module) != int(identity):
+                return _EAGER_FINDINGS["structure"], modules
+            if len(module._modules) != int(children):
+                return _EAGER_FINDINGS["structure"], modules
+            if modules[1:] and module.forward is None:  # read for its guard alone
+                return _EAGER_FINDINGS["structure"], modules
+            own = module.__dict__
+            if len(own["_forward_hooks"]) or len(own["_forward_pre_hooks"]):
+                reason = _EAGER_FINDINGS["hook"]
+            if modal == "modal" and module.training:
+                reason = _EAGER_FINDINGS["training"]
+        return reason, modules
+
+    def _misfit(self, inputs: list[Any], weights: list[Tensor]) -> str:
+        """Why this call cannot be one operation, as far as inputs and weights tell, or ""."""
+        if len(inputs) != len(self.plan.inputs):
+            return "it was called with another number of inputs"
+        grad = torch.is_grad_enabled()
+        for weight in weights:
+            if grad and weight.requires_grad:
+                return _EAGER_FINDINGS["gradient"]
+        dtype, device = weights[0].dtype, weights[0].device
+        autocast = torch.is_autocast_enabled(device.type)
+        if autocast and torch.get_autocast_dtype(device.type) != torch.bfloat16:
+            return _OTHER_AUTOCAST
+        for x in inputs:
+            if not isinstance(x, Tensor):
+                return "an input is no tensor"
+            if x.dim() != 4 or x.layout != torch.strided:
+                return "an input is not a dense tensor (B, C, H, W)"
+            if x.dtype != dtype and not (autocast and x.dtype == torch.bfloat16):
+                return "an input and its weights differ in dtype"
+            if x.device != device:
+                return "an input and its weights are on different devices"
+            if grad and x.requires_grad:
+                return "gradients are enabled and an input requires them"
+        shapes = self.plan.input_shapes
+        if shapes is not None:
+            for x, shape in zip(inputs, shapes, strict=True):
+                for size, expected in zip(x.shape, shape, strict=True):
+                    if size != expected:
+                        return "it was recognised for inputs of another shape"
+        return ""
+
+    @_constant
+    def _plan_text(self, generation: str) -> str:
+        """The operator's text for the module as it is now; "" where eager must run."""
+        plan = self.plan
+        with self._lock, _disable_current_modes():
+            if _native.is_disabled():
+                return self._note(f"{_native.DISABLE} is set")
+            weights = tensors_of(self.module)
+            is_real = all(type(weight) in (Tensor, nn.Parameter) for weight in weights.values())
+            state = self._up_to_date()[0] if is_real else self._state
+            if state is None or not self._is_current:
+                if is_real or not self._is_current:
+                    return self._note("its weights could not be packed")
+            elif state.executor is None:
+                return self._note(state.reason or "it has no executor")
+            plan = self._recorded_plan()
+            names = compiling.watched_weights(plan, weights)
+            try:
+                text = compiling.graph_text(plan)
+            except TypeError as error:
+                return self._note(str(error))
+            if not compiling.computed_outputs(plan):
+                return self._note("its outputs are its inputs")
+            if is_real and state is not None and state.executor is not None:
+                used = [weights[name] for name in names]
+                decodes = self.decoding is not None
+                compiling.packs.adopt(text, used, self.precision, decodes, state.executor)
+        return text
+
+    def _recorded_plan(self) -> Plan:
+        return self.plan if self.decoding is None else self.plan.last_output()
+
+    @_constant
+    def _places_of_modules(self) -> str:
+        """A line for each module, parents first: whose child, by which name, its id, how many
+        children it has, and whether training changes what it does."""
+        indices: dict[str, int] = {}
+        lines: list[str] = []
+        modal = {id(module) for module, is_modal, _ in _watched(self.module) if is_modal}
+        for path, module in self.module.named_modules():
+            parent, _, name = path.rpartition(".")
+            indices[path] = len(lines)
+            kind = "modal" if id(module) in modal else "plain"
+            owner = indices[parent] if path else 0
+            lines.append(f"{owner}\t{name}\t{id(module)}\t{len(module._modules)}\t{kind}")
+        return "\n".join(lines)
+
+    @_constant
+    def _places_of_weights(self) -> str:
+        """A line for each of the operator's weights: the number of its module, its name there."""
+        numbers = {id(module): number for number, module in enumerate(self.module.modules())}
+        lines = []
+        for weight in compiling.watched_weights(self._recorded_plan(), tensors_of(self.module)):
+            owner, _, name = weight.rpartition(".")
+            lines.append(f"{numbers[id(self.module.get_submodule(owner))]}\t{name}")
+        return "\n".join(lines)
+
+    @_constant
+    def _parameter_names(self) -> str:
+        return " ".join(self.__signature__.parameters)
+
+    @_constant
+    def _numbers(self, what: str) -> str:
+        plan = self._recorded_plan()
+        numbers = plan.inputs if what == "inputs" else compiling.computed_outputs(plan)
+        return " ".join(map(str, numbers))
+
+    @_constant
+    def _names_of_dtypes(self, shapes: str, dtypes: str) -> str:
+        """Of the operator's outputs under autocast; "" where eager must run."""
+        state = self._up_to_date()[0]
+        assert state is not None
+        sizes = [tuple(map(int, shape.split(","))) for shape in shapes.split("/")]
+        kinds = [getattr(torch, name.removeprefix("torch.")) for name in dtypes.split("/")]
+        try:
+            found = self._dtypes_with_autocast(state, sizes, kinds)
+        except ValueError as error:
+            return self._note(str(error))
+        by_number = dict(zip(output_values(state.plan.outputs), found, strict=True))
+        names = [by_number[number] for number in compiling.computed_outputs(state.plan)]
+        return " ".join(str(dtype).removeprefix("torch.") for dtype in names)
+
+    @_constant
+    def _note(self, reason: str) -> str:
+        self._notices.add(self.name, reason)
+        return ""
 
     def _up_to_date(self) -> tuple[_State | None, str | None]:
         """The state that fits the module as it is now, and why eager must run, if it must.
@@ -281,8 +558,9 @@ def obstacle(
     ``inputs`` here and now, in words; None if it can."""
     if _native.is_disabled():
         return f"{_native.DISABLE} is set"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast is enabled"
+    autocast = torch.is_autocast_enabled(device.type)
+    if autocast and torch.get_autocast_dtype(device.type) is not torch.bfloat16:
+        return _OTHER_AUTOCAST
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -299,7 +577,7 @@ def obstacle(
             return "an input is not a dense tensor (B, C, H, W)"
         if x.is_neg() or x._is_zerotensor():
             return "an input is a lazy view"
-        if x.dtype is not dtype:
+        if x.dtype is not dtype and not (autocast and x.dtype is torch.bfloat16):
             return f"an input is {x.dtype} and its weights are {dtype}"
         if x.device != device:
             return f"an input is on {x.device} and its weights are on {device}"
@@ -317,12 +595,6 @@ def _keep_for_graphs(module: nn.Module, executor: Executor) -> None:
     kept = _captured.setdefault(module, [])
     if executor not in kept:
         kept.append(executor)
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph records what this thread does."""
-    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _watched(module: nn.Module) -> list[tuple[nn.Module, bool, bool]]:

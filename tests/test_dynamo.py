@@ -81,7 +81,7 @@ def test_the_entry_point_is_declared_and_resolves() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_hourglasses_of_all_sizes(runs: list[CpuExecutor], dynamic: bool | None) -> None:
-    model = small_hourglass(stacks=2)
+    model = small_hourglass(depth=1)
     fast = compiled(model, dynamic=dynamic)
     sizes = [(1, 64, 64), (1, 96, 64), (3, 64, 128), (2, 32, 32), (1, 64, 64)]
     with torch.inference_mode():
@@ -238,6 +238,21 @@ def test_precision(runs: list[CpuExecutor]) -> None:
             compiled(model, options=options)(image())
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_autocast(runs: list[CpuExecutor], precision: str) -> None:
+    model = randomise(Returns(lambda a, b: [a, b])).eval()
+    fast = compiled(model, options={"precision": precision})
+    with torch.no_grad():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                check(fast, model, features(), atol=0.1)
+            assert runs[-1].backend.endswith("bfloat16")
+            check(fast, model, features(), atol=0.1 if precision == "medium" else 1e-4)
+            assert runs[-1].backend.endswith("bfloat16") == (precision == "medium")
+    assert len(runs) == 4
+    assert len(set(map(id, runs))) == 2
+
+
 Heatmaps = namedtuple("Heatmaps", "first rest")
 
 
@@ -355,7 +370,7 @@ def test_what_a_call_may_bring(runs: list[CpuExecutor], monkeypatch: pytest.Monk
         warnings.simplefilter("ignore", HgfastWarning)
         check(fast, model, features())
         assert len(runs) == 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.float16):
             check(fast, model, features())
         monkeypatch.setenv("HGFAST_DISABLE", "1")
         check(fast, model, features())

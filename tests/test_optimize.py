@@ -607,16 +607,6 @@ def test_training_mode_runs_eagerly_with_one_warning() -> None:
     assert fast.heads[0].norm.num_batches_tracked.item() == before + 3
 
 
-def test_autocast_runs_eagerly() -> None:
-    model = small_hourglass()
-    fast = hgfast.optimize(model)
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.warns(hgfast.HgfastWarning, match="autocast"),
-    ):
-        assert torch.equal(run(fast, image())[0], run(model, image())[0])
-
-
 def test_tracing_transforms_and_modes_see_ordinary_operations() -> None:
     model = small_hourglass().requires_grad_(False)
     fast = hgfast.optimize(model)
@@ -627,17 +617,6 @@ def test_tracing_transforms_and_modes_see_ordinary_operations() -> None:
     torch.testing.assert_close(ours[:, 0], model(image(2))[0], rtol=1e-4, atol=1e-5)
     derivative = torch.func.jvp(lambda x: fast(x)[0], (image(),), (image(seed=1),))[1]
     assert derivative.abs().max() > 0
-
-
-def test_compile_and_export_see_the_eager_network() -> None:
-    model = small_hourglass().requires_grad_(False)
-    fast = hgfast.optimize(model)
-    expected = run(model, image())[0]
-    with torch.no_grad():
-        program = torch.export.export(fast, (image(),), strict=False)
-        compiled = torch.compile(fast, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(image())[0], expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(program.module()(image())[0], expected, rtol=1e-4, atol=1e-5)
 
 
 # --- bad input: the error eager gives -------------------------------------------------------
