@@ -1,0 +1,211 @@
+"""From a recorded graph to the normal form: in-place operations and aliases become values."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hgfast.trace.graph import Graph, Node, TraceError, Weight, output_nodes, unsupported
+from hgfast.trace.operations import (
+    FUNCTIONS,
+    INPLACE,
+    INPLACE_METHODS,
+    METHODS,
+    SAME_MEMORY,
+    VIEWS,
+    Sizes,
+    module_node,
+)
+
+#: Augmented assignments. fx would record `x *= y` as a new product and hide that x has changed.
+AUGMENTED = [
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+]
+
+
+@dataclass
+class _Cell:
+    """A tensor's memory: names that alias it share the cell, and its value may be replaced."""
+
+    value: Node
+    is_input: bool = False
+    may_alias: bool = False  # perhaps a view of another cell's memory
+
+    def replace(self, value: Node) -> None:
+        if self.is_input:
+            raise TraceError("it changes its input in place")
+        if self.may_alias:
+            raise TraceError("it changes in place what may be a view of another activation")
+        self.value = value
+
+
+class Normaliser:
+    """Replays a recorded graph, node by node, in normal form."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        self.values: dict[fx.Node, Any] = {}
+        self.nodes: list[Node] = []
+        self._known: set[Node] = set()
+        self.inputs: list[Node] = []
+
+    def add_input(self, source: fx.Node) -> None:
+        node = self._append(Node("input"), source)
+        self.inputs.append(node)
+        self.values[source] = _Cell(node, is_input=True)
+
+    def add_weight(self, source: fx.Node, name: str) -> None:
+        self.values[source] = Weight(name)
+
+    def add_call(self, source: fx.Node) -> None:
+        target: Any = source.target
+        if source.op == "call_module":
+            self._call_module(source, self.modules[target])
+            return
+        is_method = source.op == "call_method"
+        pure = METHODS if is_method else FUNCTIONS
+        inplace = INPLACE_METHODS if is_method else INPLACE
+        if target in inplace:
+            self._replace(source, self._convert(source, inplace[target]))
+        elif target in pure and source.kwargs.get("inplace"):
+            self._replace(source, self._convert(source, pure[target]))
+        elif target is operator.getitem and isinstance(self._held(source), (list, Sizes)):
+            self.values[source] = self._held(source)[source.args[1]]
+        elif target in pure and "out" not in source.kwargs:
+            self._define(source, self._convert(source, pure[target]))
+        elif _may_write(source):
+            # Even if nobody looks at its result: what it wrote may be looked at.
+            raise TraceError(f"it uses {_describe(source)}, which writes in place")
+        else:
+            node = unsupported(_describe(source))
+            self.values[source] = _Cell(self._append(node, source), may_alias=True)
+
+    def finish(self, outputs: Any) -> Graph:
+        outputs = self._read(outputs)
+        live: set[Node] = set()
+        pending = [*self.inputs, *output_nodes(outputs)]
+        while pending:
+            node = pending.pop()
+            if node not in live:
+                live.add(node)
+                pending.extend(node.inputs)
+        return Graph(self.inputs, [node for node in self.nodes if node in live], outputs)
+
+    def _call_module(self, source: fx.Node, module: nn.Module) -> None:
+        arguments = [self._read(argument) for argument in (*source.args, *source.kwargs.values())]
+        if len(arguments) != 1 or not isinstance(arguments[0], Node):
+            node: Any = unsupported(f"{source.target}, called with more than one activation")
+        else:
+            node = module_node(module, str(source.target), arguments[0])
+        if node is not None and len(arguments) == 1 and node is arguments[0]:
+            self.values[source] = self.values[source.all_input_nodes[0]]
+        elif getattr(module, "inplace", False):
+            self._replace(source, node)
+        else:
+            self._define(source, node)
+
+    def _define(self, source: fx.Node, result: Any) -> None:
+        """Note what a call returned: one activation, a list of them, or their sizes."""
+        if isinstance(result, Sizes):
+            self.values[source] = result
+            return
+        arguments = [self.values[node] for node in source.all_input_nodes]
+        if source.target in SAME_MEMORY and result.op != "unsupported":
+            self.values[source] = arguments[0]
+            return
+        is_view = source.target in VIEWS or isinstance(result, list) or result.op == "unsupported"
+        cells = [
+            _Cell(self._append(node, source), may_alias=is_view)
+            for node in (result if isinstance(result, list) else [result])
+        ]
+        if is_view:
+            for cell in arguments:
+                if isinstance(cell, _Cell):
+                    cell.may_alias = True
+        self.values[source] = cells if isinstance(result, list) else cells[0]
+
+    def _held(self, source: fx.Node) -> Any:
+        """What its first argument stands for: a cell of memory, several, sizes."""
+        first = source.args[0]
+        return self.values[first] if isinstance(first, fx.Node) else first
+
+    def _replace(self, source: fx.Node, node: Node) -> None:
+        cell = self.values[source.all_input_nodes[0]]
+        if not isinstance(cell, _Cell):
+            raise TraceError(
+                f"{_describe(source)} changes something other than an activation in place"
+            )
+        cell.replace(self._append(node, source))
+        self.values[source] = cell
+
+    def _convert(self, source: fx.Node, convert: Callable[..., Any]) -> Any:
+        try:
+            result = convert(*self._read(list(source.args)), **self._read(dict(source.kwargs)))
+        # Arguments that the normal form has no place for.
+        except (TypeError, AttributeError, IndexError, KeyError):
+            return unsupported(_describe(source))
+        for node in result if isinstance(result, list) else [result]:
+            if isinstance(node, Node) and not all(isinstance(item, Node) for item in node.inputs):
+                return unsupported(f"{_describe(source)} of a weight")
+        return result
+
+    def _append(self, node: Node, source: fx.Node) -> Node:
+        if node in self._known:
+            return node
+        for item in node.inputs:  # some calls stand for two operations
+            self._append(item, source)
+        stack = source.meta.get("nn_module_stack") or {"": ("", None)}
+        node.module = _module_name(list(stack.values())[-1][0])
+        self._known.add(node)
+        self.nodes.append(node)
+        return node
+
+    def _read(self, argument: Any) -> Any:
+        """An argument with every recorded value replaced by what it stands for now."""
+        if isinstance(argument, fx.Node):
+            value = self.values[argument]
+            if isinstance(value, list):
+                return [cell.value for cell in value]
+            return value.value if isinstance(value, _Cell) else value
+        if isinstance(argument, (list, tuple)):
+            items = [self._read(item) for item in argument]
+            return tuple(items) if isinstance(argument, tuple) else items
+        if isinstance(argument, dict):
+            return {key: self._read(item) for key, item in argument.items()}
+        return argument
+
+
+def _module_name(path: str) -> str:
+    """A module's qualified name; dynamo writes ``L['self'].layer1[0]`` for ``layer1.0``."""
+    if not path.startswith("L["):
+        return path
+    words = re.findall(r"[A-Za-z0-9_]+", path.replace("_modules", " "))
+    return ".".join(words[2:])
+
+
+def _may_write(source: fx.Node) -> bool:
+    """Whether a call without normal form may change memory that others look at."""
+    target: Any = source.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    overload_writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return (
+        overload_writes
+        or bool(source.kwargs.get("inplace"))
+        or "out" in source.kwargs
+        or (name.endswith("_") and not name.endswith("__"))
+        or name in ("setitem", "__setitem__")
+        or name in AUGMENTED
+    )
+
+
+def _describe(source: fx.Node) -> str:
+    target = source.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{name}()"

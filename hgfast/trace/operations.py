@@ -1,0 +1,619 @@
+"""Tables from PyTorch's modules, functions, methods and aten overloads to the normal form.
+
+Each entry takes the arguments of the call that was recorded, activations as nodes, and gives the
+node that computes the same: one that ``hgfast.trace.graph.OPERATIONS`` names, or one that goes by
+its name in ``hgfast.runtime.reference.PLAIN``. What has no entry is ``unsupported``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hgfast.trace.graph import Node, Weight, unsupported
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    first, *rest = value
+    return first, rest[0] if rest else first
+
+
+def _conv2d(
+    x: Node,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Node:
+    if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
+        return unsupported("a convolution whose weight is computed")
+    if isinstance(padding, str):
+        if padding != "valid":
+            return unsupported(f'a convolution with padding="{padding}"')
+        padding = 0
+    return Node(
+        "conv2d",
+        (x,),
+        {
+            "weight": weight.name,
+            "bias": bias.name if bias else None,
+            "stride": _pair(stride),
+            "padding": _pair(padding),
+            "dilation": _pair(dilation),
+            "groups": groups,
+        },
+    )
+
+
+def _conv_module(module: nn.Conv2d, name: str, x: Node) -> Node:
+    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return unsupported(f"{name}, a convolution of its own kind")
+    padding: Any = module.padding
+    border = module._reversed_padding_repeated_twice  # as F.pad takes it
+    if padding == "same" and border[::2] == border[1::2] and module.padding_mode == "zeros":
+        padding = border[2], border[0]
+    elif any(border) and (padding == "same" or module.padding_mode != "zeros"):
+        mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
+        x, padding = Node("pad", (x,), {"pad": tuple(border), "mode": mode, "value": None}), 0
+    weight, bias = _weights_of(module, name, "weight", "bias")
+    return _conv2d(x, weight, bias, module.stride, padding, module.dilation, module.groups)
+
+
+def _conv_transpose2d(
+    x: Node,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Node:
+    node = _conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if node.op == "conv2d":
+        node.op = "conv_transpose2d"
+        node.attributes["output_padding"] = _pair(output_padding)
+    return node
+
+
+def _batch_norm(x: Node, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> Node:
+    if not isinstance(mean, Weight) or not isinstance(var, Weight):
+        return unsupported("a BatchNorm without running statistics")
+    return Node(
+        "batch_norm",
+        (x,),
+        {
+            "weight": weight.name if weight else None,
+            "bias": bias.name if bias else None,
+            "mean": mean.name,
+            "var": var.name,
+            "eps": eps,
+        },
+    )
+
+
+def _aten_batch_norm(
+    x: Node,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> Node:
+    if training:
+        return unsupported("a BatchNorm that uses the statistics of the batch")
+    return _batch_norm(x, weight, bias, mean, var, eps)
+
+
+def _functional_batch_norm(
+    x: Node,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Node:
+    return _aten_batch_norm(x, weight, bias, mean, var, training, momentum, eps, True)
+
+
+def _relu(x: Node, inplace: bool = False) -> Node:
+    return Node("relu", (x,))
+
+
+def _max_pool2d(
+    x: Node,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Node:
+    if return_indices:
+        return unsupported("max pooling that returns indices")
+    kernel_size = _pair(kernel_size)
+    return Node(
+        "max_pool2d",
+        (x,),
+        {
+            "kernel_size": kernel_size,
+            "stride": _pair(stride) if stride else kernel_size,
+            "padding": _pair(padding),
+            "dilation": _pair(dilation),
+            "ceil_mode": ceil_mode,
+        },
+    )
+
+
+def _avg_pool2d(
+    x: Node,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Node:
+    if divisor_override is not None:
+        return unsupported("average pooling with a divisor of its own")
+    kernel_size = _pair(kernel_size)
+    return Node(
+        "avg_pool2d",
+        (x,),
+        {
+            "kernel_size": kernel_size,
+            "stride": _pair(stride) if stride else kernel_size,
+            "padding": _pair(padding),
+            "ceil_mode": ceil_mode,
+            "count_include_pad": count_include_pad,
+        },
+    )
+
+
+def _interpolate(
+    x: Node,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Node:
+    if antialias:
+        return unsupported("antialiased interpolation")
+    inputs: tuple[Node, ...] = (x,)
+    like = _size_like(size)
+    if like is not None:
+        inputs, size = (x, like), None
+    elif size is not None:
+        size = _pair(size)
+        if not all(isinstance(n, int) for n in size):
+            return unsupported("upsampling to a computed size")
+    if isinstance(scale_factor, (int, float)):
+        scale_factor = (scale_factor, scale_factor)
+    if size is not None or like is not None:
+        scale_factor = None
+    if mode not in ("nearest", "bilinear", "bicubic", "nearest-exact"):
+        return unsupported(f'interpolation with mode="{mode}"')
+    attributes = {
+        "mode": mode,
+        "scale_factor": tuple(scale_factor) if scale_factor else None,
+        "size": size,
+        "align_corners": align_corners,
+    }
+    if recompute_scale_factor:
+        attributes["recompute_scale_factor"] = True
+    return Node("upsample", inputs, attributes)
+
+
+def _upsample_module(module: nn.Upsample, name: str, x: Node) -> Node:
+    return _interpolate(
+        x,
+        module.size,
+        module.scale_factor,
+        module.mode,
+        module.align_corners,
+        module.recompute_scale_factor,
+    )
+
+
+def _aten_upsample(mode: str) -> Callable[..., Node]:
+    if mode == "nearest":
+        return lambda x, size, scale_factor: _interpolate(x, size, scale_factor)
+    return lambda x, size, align_corners, scale_factor: _interpolate(
+        x, size, scale_factor, mode, align_corners
+    )
+
+
+def _add(a: Any, b: Any, alpha: float = 1) -> Node:
+    if alpha != 1:
+        return unsupported("an addition with a factor")
+    total: Node = _binary("add")(a, b)
+    return total
+
+
+def _binary(op: str) -> Callable[..., Node]:
+    """Two activations, or an activation and a number or weight, in either order."""
+
+    def convert(a: Any, b: Any, **others: Any) -> Any:
+        if others:
+            return unsupported(f"{op} with {', '.join(others)}")
+        if isinstance(a, Node) and isinstance(b, Node):
+            return Node(op, (a, b))
+        if not isinstance(a, Node):
+            if op == "sub":  # a - b
+                return convert_sum(Node("mul_number", (b,), {"other": -1.0}), a)
+            if op == "div":
+                return unsupported("a division by an activation")
+            a, b = b, a
+        if op == "sub":
+            return convert_sum(a, -b)
+        if op == "add" and type(b) in (int, float) and b == 0:
+            return a  # where a sum begins
+        if isinstance(b, Weight) and op != "div":
+            return Node(f"{op}_weight", (a,), {"other": b})
+        if isinstance(b, (int, float)) and not isinstance(b, bool):
+            return Node(f"{op}_number", (a,), {"other": b})
+        return unsupported(f"{op} of an activation and a {type(b).__name__}")
+
+    convert_sum = _binary("add") if op != "add" else convert
+    return convert
+
+
+def _plain(op: str, *keywords: str, **defaults: Any) -> Callable[..., Node]:
+    """One activation, and keywords of which those in ``defaults`` may be left out."""
+    names = (*keywords, *defaults)
+
+    def convert(x: Node, *values: Any, inplace: bool = False, **named: Any) -> Node:
+        given = {**defaults, **dict(zip(names, values, strict=False)), **named}
+        if set(given) != set(names) or len(values) > len(names):
+            return unsupported(f"{op} with arguments of other kinds")
+        if any(isinstance(value, (Node, Sizes)) for value in given.values()):
+            return unsupported(f"{op} with computed arguments")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return Node(op, (x,), given)
+
+    return convert
+
+
+def _many(op: str) -> Callable[..., Node]:
+    """A list of activations, and a dimension."""
+
+    def convert(items: Any, dim: int = 0) -> Node:
+        if not isinstance(items, (list, tuple)) or not items:
+            return unsupported(f"{op} of something other than a list of activations")
+        if not all(isinstance(item, Node) for item in items):
+            return unsupported(f"{op} of something other than activations")
+        return Node(op, tuple(items), {"dim": dim})
+
+    return convert
+
+
+def _permute(x: Node, *dims: Any) -> Node:
+    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    return Node("permute", (x,), {"dims": dims})
+
+
+def _mean(x: Node, dim: Any = None, keepdim: bool = False) -> Node:
+    if dim is None:
+        return unsupported("the mean of everything")
+    return Node(
+        "mean", (x,), {"dim": (dim,) if isinstance(dim, int) else tuple(dim), "keepdim": keepdim}
+    )
+
+
+def _adaptive(op: str) -> Callable[..., Node]:
+    return lambda x, output_size: Node(op, (x,), {"output_size": _pair(output_size)})
+
+
+def _pad(x: Node, pad: Any, mode: str = "constant", value: Any = None) -> Node:
+    if not all(isinstance(n, int) for n in pad):
+        return unsupported("padding by a computed size")
+    return Node("pad", (x,), {"pad": tuple(pad), "mode": mode, "value": value})
+
+
+def _dropout(x: Node, p: float = 0.5, training: bool = True, inplace: bool = False) -> Node:
+    return unsupported("dropout that is always on") if training else x
+
+
+def _chunk(x: Node, chunks: int, dim: int = 0) -> list[Node]:
+    return [Node("chunk", (x,), {"chunks": chunks, "dim": dim, "index": i}) for i in range(chunks)]
+
+
+def _linear(x: Node, weight: Any, bias: Any = None) -> Node:
+    if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
+        return unsupported("a linear map whose weight is computed")
+    return Node("linear", (x,), {"weight": weight, "bias": bias})
+
+
+def _group_norm(
+    x: Node, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Node:
+    given = {"num_groups": num_groups, "weight": weight, "bias": bias, "eps": eps}
+    return Node("group_norm", (x,), given)
+
+
+def _instance_norm(module: nn.InstanceNorm2d, name: str, x: Node) -> Node:
+    if module.track_running_stats:
+        return unsupported(f"{name}, an InstanceNorm with running statistics")
+    weight, bias = _weights_of(module, name, "weight", "bias")
+    return Node("instance_norm", (x,), {"weight": weight, "bias": bias, "eps": module.eps})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of an activation along these dimensions, as a forward may ask for them."""
+
+    node: Node
+    dims: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self.dims[index]
+        return Sizes(self.node, chosen if isinstance(chosen, tuple) else (chosen,))
+
+
+_EVERY = (0, 1, 2, 3)
+
+
+def _size(x: Node, dim: Any = None) -> Any:
+    return Sizes(x, _EVERY) if dim is None else Sizes(x, _EVERY)[dim]
+
+
+def _size_like(size: Any) -> Node | None:
+    """The activation whose height and width this is."""
+    parts = size if isinstance(size, (list, tuple)) else (size,)
+    if not parts or not all(isinstance(part, Sizes) for part in parts):
+        return None
+    if len({part.node for part in parts}) > 1:
+        return None
+    dims = tuple(dim for part in parts for dim in part.dims)
+    return parts[0].node if dims == (2, 3) else None
+
+
+_aten = torch.ops.aten
+
+_elementwise: dict[str, Callable[..., Node]] = {
+    "clamp": _plain("clamp", min=None, max=None),
+    "elu": _plain("elu", alpha=1.0),
+    "gelu": _plain("gelu", approximate="none"),
+    "hardsigmoid": _plain("hardsigmoid"),
+    "hardswish": _plain("hardswish"),
+    "leaky_relu": _plain("leaky_relu", negative_slope=0.01),
+    "relu": lambda x, inplace=False: _relu(x, inplace),
+    "relu6": _plain("relu6"),
+    "sigmoid": _plain("sigmoid"),
+    "silu": _plain("silu"),
+    "tanh": _plain("tanh"),
+}
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    torch.conv2d: _conv2d,
+    F.conv2d: _conv2d,
+    _aten.conv2d.default: _conv2d,
+    _aten.conv2d.padding: _conv2d,
+    F.conv_transpose2d: _conv_transpose2d,
+    torch.conv_transpose2d: _conv_transpose2d,
+    _aten.conv_transpose2d.input: _conv_transpose2d,
+    F.batch_norm: _functional_batch_norm,
+    torch.batch_norm: _aten_batch_norm,
+    _aten.batch_norm.default: _aten_batch_norm,
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
+    _aten.max_pool2d.default: _max_pool2d,
+    F.avg_pool2d: _avg_pool2d,
+    _aten.avg_pool2d.default: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive("adaptive_avg_pool2d"),
+    _aten.adaptive_avg_pool2d.default: _adaptive("adaptive_avg_pool2d"),
+    F.adaptive_max_pool2d: _adaptive("adaptive_max_pool2d"),
+    F.interpolate: _interpolate,
+    F.upsample: _interpolate,
+    _aten.upsample_nearest2d.vec: _aten_upsample("nearest"),
+    _aten.upsample_bilinear2d.vec: _aten_upsample("bilinear"),
+    operator.add: _add,
+    torch.add: _add,
+    _aten.add.Tensor: _add,
+    operator.sub: _binary("sub"),
+    torch.sub: _binary("sub"),
+    _aten.sub.Tensor: _binary("sub"),
+    operator.mul: _binary("mul"),
+    torch.mul: _binary("mul"),
+    _aten.mul.Tensor: _binary("mul"),
+    operator.truediv: _binary("div"),
+    torch.div: _binary("div"),
+    _aten.div.Tensor: _binary("div"),
+    operator.neg: lambda x: _binary("mul")(x, -1.0),
+    torch.cat: _many("concat"),
+    torch.concat: _many("concat"),
+    _aten.cat.default: _many("concat"),
+    torch.stack: _many("stack"),
+    _aten.stack.default: _many("stack"),
+    torch.permute: _permute,
+    _aten.permute.default: _permute,
+    torch.flatten: _plain("flatten", start_dim=0, end_dim=-1),
+    _aten.flatten.using_ints: _plain("flatten", start_dim=0, end_dim=-1),
+    torch.mean: _mean,
+    _aten.mean.dim: _mean,
+    torch.chunk: _chunk,
+    _aten.chunk.default: _chunk,
+    F.pad: _pad,
+    _aten.pad.default: _pad,
+    F.pixel_shuffle: _plain("pixel_shuffle", "upscale_factor"),
+    _aten.pixel_shuffle.default: _plain("pixel_shuffle", "upscale_factor"),
+    F.softmax: _plain("softmax", "dim"),
+    torch.softmax: _plain("softmax", "dim"),
+    F.prelu: _plain("prelu", "weight"),
+    torch.prelu: _plain("prelu", "weight"),
+    F.linear: _linear,
+    _aten.linear.default: _linear,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    _aten.group_norm.default: _group_norm,
+    F.dropout: _dropout,
+    F.dropout2d: _dropout,
+    _aten.dropout.default: _dropout,
+    torch.clone: lambda x: x,
+    _aten.clone.default: lambda x: x,
+    getattr: lambda x, name: _size(x) if name == "shape" else unsupported(f"the attribute {name}"),
+    operator.getitem: lambda items, index: items[index],
+    **{
+        function: _elementwise[op]
+        for op in _elementwise
+        for function in (
+            getattr(F, op, None),
+            getattr(torch, op, None),
+            getattr(getattr(_aten, op, None), "default", None),
+        )
+        if function is not None
+    },
+}
+#: Of an operator that writes its first argument, the one that returns the result instead.
+INPLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: _add,
+    operator.isub: _binary("sub"),
+    operator.imul: _binary("mul"),
+    operator.itruediv: _binary("div"),
+    F.relu_: _relu,
+    torch.relu_: _relu,
+    _aten.relu_.default: _relu,
+    _aten.add_.Tensor: _add,
+    _aten.sub_.Tensor: _binary("sub"),
+    _aten.mul_.Tensor: _binary("mul"),
+    _aten.div_.Tensor: _binary("div"),
+    _aten.leaky_relu_.default: _elementwise["leaky_relu"],
+    _aten.silu_.default: _elementwise["silu"],
+    _aten.hardswish_.default: _elementwise["hardswish"],
+    _aten.hardsigmoid_.default: _elementwise["hardsigmoid"],
+    _aten.sigmoid_.default: _elementwise["sigmoid"],
+    _aten.elu_.default: _elementwise["elu"],
+    _aten.clamp_.default: _elementwise["clamp"],
+}
+METHODS: dict[Any, Callable[..., Any]] = {
+    **{op: _elementwise[op] for op in ("relu", "sigmoid", "tanh", "clamp")},
+    "add": _add,
+    "sub": _binary("sub"),
+    "mul": _binary("mul"),
+    "div": _binary("div"),
+    "permute": _permute,
+    "flatten": _plain("flatten", start_dim=0, end_dim=-1),
+    "mean": _mean,
+    "chunk": _chunk,
+    "softmax": _plain("softmax", "dim"),
+    "size": _size,
+    "clone": lambda x: x,
+    "contiguous": lambda x: x,
+    "detach": lambda x: x,
+}
+INPLACE_METHODS: dict[Any, Callable[..., Any]] = {
+    f"{op}_": METHODS[op] for op in ("relu", "sigmoid", "tanh", "clamp", "add", "sub", "mul", "div")
+}
+#: Calls that return their argument's memory, whole.
+SAME_MEMORY = frozenset({"detach", F.dropout, F.dropout2d, _aten.dropout.default})
+#: Calls whose result may share memory with their argument.
+VIEWS = frozenset(
+    {
+        *("permute", "flatten", "chunk", "contiguous"),
+        *(torch.permute, torch.flatten, torch.chunk),
+        *(_aten.permute.default, _aten.flatten.using_ints, _aten.chunk.default),
+    }
+)
+
+
+def _weights_of(module: nn.Module, name: str, *attributes: str) -> list[Any]:
+    """The weights under these attributes, None for what is None."""
+    held = ((attribute, getattr(module, attribute)) for attribute in attributes)
+    return [
+        Weight(f"{name}.{attribute}") if value is not None else None for attribute, value in held
+    ]
+
+
+def _conv_transpose_module(module: nn.ConvTranspose2d, name: str, x: Node) -> Node:
+    weight, bias = _weights_of(module, name, "weight", "bias")
+    m = module
+    return _conv_transpose2d(
+        x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
+    )
+
+
+def _batch_norm_module(module: _BatchNorm, name: str, x: Node) -> Node:
+    scale, shift, mean, var = _weights_of(
+        module, name, "weight", "bias", "running_mean", "running_var"
+    )
+    return _batch_norm(x, scale, shift, mean, var, module.eps)
+
+
+#: PyTorch's own modules by class: the normal form of a call of (module, name, x).
+_MODULES: dict[type[nn.Module], Callable[[Any, str, Node], Any]] = {
+    nn.Conv2d: _conv_module,
+    nn.ConvTranspose2d: _conv_transpose_module,
+    nn.BatchNorm2d: _batch_norm_module,
+    nn.SyncBatchNorm: _batch_norm_module,
+    nn.GroupNorm: lambda m, name, x: _group_norm(
+        x, m.num_groups, *_weights_of(m, name, "weight", "bias"), m.eps
+    ),
+    nn.InstanceNorm2d: _instance_norm,
+    nn.MaxPool2d: lambda m, _, x: _max_pool2d(
+        x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    nn.AvgPool2d: lambda m, _, x: _avg_pool2d(
+        x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
+    nn.AdaptiveAvgPool2d: lambda m, _, x: _adaptive("adaptive_avg_pool2d")(x, m.output_size),
+    nn.AdaptiveMaxPool2d: lambda m, _, x: (
+        unsupported("pooling that returns indices")
+        if m.return_indices
+        else _adaptive("adaptive_max_pool2d")(x, m.output_size)
+    ),
+    nn.Upsample: _upsample_module,
+    nn.Identity: lambda m, _, x: x,
+    nn.Dropout: lambda m, _, x: x,
+    nn.Dropout2d: lambda m, _, x: x,
+    nn.ReLU: lambda m, _, x: _relu(x),
+    nn.ReLU6: lambda m, _, x: Node("relu6", (x,)),
+    nn.LeakyReLU: lambda m, _, x: Node("leaky_relu", (x,), {"negative_slope": m.negative_slope}),
+    nn.PReLU: lambda m, name, x: Node("prelu", (x,), {"weight": Weight(f"{name}.weight")}),
+    nn.ELU: lambda m, _, x: Node("elu", (x,), {"alpha": m.alpha}),
+    nn.SiLU: lambda m, _, x: Node("silu", (x,)),
+    nn.GELU: lambda m, _, x: Node("gelu", (x,), {"approximate": m.approximate}),
+    nn.Hardswish: lambda m, _, x: Node("hardswish", (x,)),
+    nn.Hardsigmoid: lambda m, _, x: Node("hardsigmoid", (x,)),
+    nn.Sigmoid: lambda m, _, x: Node("sigmoid", (x,)),
+    nn.Tanh: lambda m, _, x: Node("tanh", (x,)),
+    nn.PixelShuffle: lambda m, _, x: Node(
+        "pixel_shuffle", (x,), {"upscale_factor": m.upscale_factor}
+    ),
+    nn.Flatten: lambda m, _, x: Node(
+        "flatten", (x,), {"start_dim": m.start_dim, "end_dim": m.end_dim}
+    ),
+    nn.Linear: lambda m, name, x: _linear(x, *_weights_of(m, name, "weight", "bias")),
+    nn.ZeroPad2d: lambda m, _, x: _pad(x, m.padding),
+    nn.ReflectionPad2d: lambda m, _, x: _pad(x, m.padding, "reflect"),
+    nn.ReplicationPad2d: lambda m, _, x: _pad(x, m.padding, "replicate"),
+}
+
+
+def module_node(module: nn.Module, name: str, x: Node) -> Any:
+    """The normal form of a call of one of PyTorch's own modules.
+
+    A subclass counts as its base only if it left the forward alone, so that a
+    weight-standardised convolution is not mistaken for a plain one.
+    """
+    for kind in type(module).__mro__:
+        convert = _MODULES.get(kind)
+        if convert is not None and type(module).forward is getattr(kind, "forward", None):
+            return convert(module, name, x)
+    return unsupported(f"{name}, a {type(module).__name__}")
