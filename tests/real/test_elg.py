@@ -82,7 +82,8 @@ def test_medium_moves_no_more_than_eager_bfloat16(network: nn.Module, eye: Tenso
     expected, _ = landmarks(network, eye)
     of_fast = moves(fast, eye, expected)
     of_eager = moves(copy.deepcopy(network).bfloat16(), eye.bfloat16(), expected)
-    # One may be a tie that bfloat16 decides either way; verify knows which are.
+    # One may be a tie that bfloat16 decides either way: landmark 15's two best cells are 0.003
+    # apart in float64, and eager bfloat16 errs by 0.038. verify knows such cells.
     assert int((of_fast > 0).sum()) <= int((of_eager > 0).sum()) + 1
     assert of_fast.max() <= 1
     result = hgfast.verify(network, fast, eye)
