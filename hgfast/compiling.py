@@ -357,7 +357,12 @@ def laid_out(value: Tensor, dtype: torch.dtype, first: Tensor) -> Tensor:
 def _by_reference(
     plan: Plan, inputs: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> dict[int, Tensor]:
-    """In plain PyTorch: what eager answers, or eager's error where the inputs do not fit."""
+    """In plain PyTorch: what eager answers, or eager's error where the inputs do not fit.
+
+    Raises:
+        ValueError: the module asserts something that these inputs do not meet.
+    """
+    plan.check(*(x.shape for x in inputs))
     named = dict(zip(plan.weights, weights, strict=False))
     with torch.autocast(inputs[0].device.type, enabled=False):
         cast = [x.to(weights[0].dtype) for x in inputs]
