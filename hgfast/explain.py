@@ -24,7 +24,7 @@ from hgfast._culprit import reached
 from hgfast._table import Cell, render, rich_table
 from hgfast._warnings import HgfastWarning
 from hgfast.demo.timing import time_alternately
-from hgfast.models.checkpoint import _read, _tensors
+from hgfast.models.checkpoint import read_file, tensors_in
 from hgfast.optimization import PRECISIONS, optimize
 from hgfast.plan import Plan, output_values
 from hgfast.recognition import tensors_of
@@ -267,11 +267,11 @@ def load(target: str, weights: Path | None = None) -> nn.Module:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
-        content = _read(str(path))
+        content = read_file(str(path))
         names = dict(content)
         known = model.state_dict().keys()
         # Names that fit as they are may begin with what is a wrapper's prefix elsewhere.
-        state = names if names.keys() & known else _tensors(content, str(path))
+        state = names if names.keys() & known else tensors_in(content, str(path))
     except FileNotFoundError:
         raise ExplainError(f"no such weights file: {path}") from None
     except (OSError, ValueError) as error:

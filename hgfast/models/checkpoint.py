@@ -147,16 +147,16 @@ def load_checkpoint(
     elif isinstance(model_or_path, Mapping):
         origin, content = "the given mapping", model_or_path
     elif isinstance(model_or_path, (str, os.PathLike)):
-        origin, content = os.fspath(model_or_path), _read(os.fspath(model_or_path))
+        origin, content = os.fspath(model_or_path), read_file(os.fspath(model_or_path))
     else:
         raise TypeError(
             "load_checkpoint expects a path, a state_dict or an nn.Module, "
             f"got {type(model_or_path).__name__}"
         )
-    return _build(_tensors(content, origin), origin)
+    return _build(tensors_in(content, origin), origin)
 
 
-def _read(path: str) -> Mapping[str, Any]:
+def read_file(path: str) -> Mapping[str, Any]:
     """A checkpoint file's content, read without ever running code from it."""
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
@@ -206,11 +206,11 @@ def _numpy_scalars() -> list[Any]:
     return [*((scalar, name) for name in names), np.dtype, *kinds]
 
 
-def _tensors(content: Mapping[str, Any], origin: str) -> State:
+def tensors_in(content: Mapping[str, Any], origin: str) -> State:
     """The named tensors of a checkpoint, out of its containers and without its prefixes."""
     for container in _CONTAINERS:
         if isinstance(content.get(container), Mapping):
-            return _tensors(content[container], origin)
+            return tensors_in(content[container], origin)
     state = {
         str(name).replace(_COMPILED, ""): value
         for name, value in content.items()
@@ -220,7 +220,7 @@ def _tensors(content: Mapping[str, Any], origin: str) -> State:
         raise ValueError(f"{origin} holds no named tensors; a state_dict was expected")
     prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
     if prefix is not None:
-        return _tensors({name[len(prefix) :]: value for name, value in state.items()}, origin)
+        return tensors_in({name[len(prefix) :]: value for name, value in state.items()}, origin)
     return state
 
 
