@@ -2,8 +2,9 @@
 
 dynamo hands over a graph whose parameters and buffers are inputs like the images. What the
 graph computes is read as a Plan when it is first called; a call packs the weights that it gets,
-or finds them packed. Where a graph is no Plan, or a call does not fit, the recorded graph itself
-runs, operation by operation: the answer is always the one eager would give.
+or finds them packed. A graph that is no Plan is cut into parts that are, and the operations between
+them. Where no part is one, or a call does not fit, the recorded graph itself runs, operation by
+operation: the answer is always the one eager would give.
 
 ``import hgfast.dynamo`` makes the name known where hgfast is not installed but on the path.
 """
@@ -13,24 +14,28 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from hgfast._warnings import HgfastWarning
-from hgfast.compiling import is_capturing, laid_out
+from hgfast.compiling import is_capturing
 from hgfast.optimization import PRECISIONS
 from hgfast.patterns import read_plan
-from hgfast.plan import Plan, fill_outputs, output_values
+from hgfast.plan import Plan, UpsampleAdd, fill_outputs, output_values
 from hgfast.recognition import is_fused
 from hgfast.region import obstacle
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import Node, TraceError, graph_of, output_nodes
+from hgfast.trace.normaliser import Normaliser, _may_write
 
 #: How many states of the weights stay packed for one graph: instances of one class share it.
 _KEPT = 4
@@ -64,22 +69,25 @@ def backend(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if options:
         raise ValueError(f"unknown options {sorted(options)}; the backend knows 'precision'")
-    return _Compiled(recorded, examples, precision)
+    kinds = list(map(_kind, recorded.graph.find_nodes(op="placeholder"), examples))
+    return _Compiled(recorded, kinds, precision, set())
 
 
 class _Compiled:
-    """One recorded graph. Safe to call from several threads."""
+    """One recorded graph, or a part of one. Safe to call from several threads."""
 
-    def __init__(self, recorded: fx.GraphModule, examples: Sequence[Any], precision: str) -> None:
+    def __init__(
+        self, recorded: fx.GraphModule, kinds: list[str], precision: str, warned: set[str]
+    ) -> None:
         self._recorded = recorded
         self._precision = precision
         self._trouble = _trouble(recorded)
         self._lock = threading.Lock()
-        self._plans: dict[tuple[Any, ...], Plan | str] = {}
+        self._plans: dict[tuple[Any, ...], Plan | _Parts | str] = {}
         self._packed: list[_Packed] = []  # the last used comes first
-        self._warned: set[str] = set()
+        self._warned = warned  # one for all parts of a graph
         nodes = recorded.graph.find_nodes(op="placeholder")
-        self._kinds = list(map(_kind, nodes, examples))
+        self._kinds = kinds
         self._names = [n.name for n, kind in zip(nodes, self._kinds, strict=True) if kind == WEIGHT]
         (output,) = recorded.graph.find_nodes(op="output")
         self._outputs = [node.meta.get("example_value") for node in output.all_input_nodes]
@@ -87,41 +95,54 @@ class _Compiled:
     def __call__(self, *arguments: Any) -> Any:
         images = tuple(self._of_kind(IMAGE, arguments))
         weights = self._of_kind(WEIGHT, arguments)
-        reason = self._obstacle(images, weights)
-        if reason is None:
-            autocast = torch.is_autocast_enabled(weights[0].device.type)
-            packed = self._up_to_date(arguments, weights, autocast)
-            if isinstance(packed.executor, str):
-                reason = packed.executor
-            else:
-                try:
-                    values = packed.executor.run(images)
-                except ValueError as error:  # shapes that do not fit: eager has the last word
-                    reason = str(error)
-                else:
-                    if autocast:  # the dtypes that dynamo saw, whose guards autocast is one of
-                        for number, seen in zip(
-                            output_values(packed.outputs), self._outputs, strict=True
-                        ):
-                            values[number] = laid_out(values[number], seen.dtype, images[0])
-                    return fill_outputs(packed.outputs, values)
+        plan = self._plan(arguments, weights)
+        if isinstance(plan, _Parts):
+            known = zip(arguments, self._kinds, strict=True)
+            outputs = plan.graph(*(argument for argument, kind in known if kind != NUMBER))
+            self._warn(f"hgfast runs parts of a compiled graph eagerly, because {plan.reason}")
+            return outputs
+        if isinstance(plan, str):
+            reason: str | None = plan
+        else:
+            reason = self._obstacle(images, weights)
+            if reason is None:
+                outputs, reason = self._run(plan, arguments, images, weights)
+            if reason is None:
+                return outputs
         outputs = self._recorded(*arguments)  # where the input is wrong, this raises
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"hgfast runs a compiled graph eagerly, because {reason}",
-                HgfastWarning,
-                stacklevel=2,
-            )
+        self._warn(f"hgfast runs a compiled graph eagerly, because {reason}")
         return outputs
+
+    def _run(
+        self, plan: Plan, arguments: Sequence[Any], images: tuple[Any, ...], weights: list[Tensor]
+    ) -> tuple[Any, str | None]:
+        """The outputs; or None, and why there are none."""
+        autocast = torch.is_autocast_enabled(weights[0].device.type)
+        executor = self._up_to_date(plan, arguments, weights, autocast)
+        if isinstance(executor, str):
+            return None, executor
+        try:
+            values = executor.run(images)
+        except ValueError as error:  # shapes that do not fit: eager has the last word
+            return None, str(error)
+        # What dynamo saw is what the rest was recorded for; autocast is one of its guards.
+        for number, seen in zip(output_values(plan.outputs), self._outputs, strict=True):
+            values[number] = values[number].to(seen.dtype, memory_format=_layout(seen))
+        return fill_outputs(plan.outputs, values), None
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, HgfastWarning, stacklevel=3)
 
     def _of_kind(self, kind: str, arguments: Sequence[Any]) -> list[Any]:
         return [x for x, known in zip(arguments, self._kinds, strict=True) if known == kind]
 
+    def _numbers(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(number.item() for number in self._of_kind(NUMBER, arguments))
+
     def _obstacle(self, images: tuple[Any, ...], weights: list[Tensor]) -> str | None:
         """Why this call cannot take the fast path, as far as the arguments tell."""
-        if self._trouble or not weights:
-            return self._trouble or "it has no weights"
         for weight in weights:
             if type(weight) not in (Tensor, nn.Parameter):
                 return f"a weight is a {type(weight).__name__}"
@@ -136,39 +157,79 @@ class _Compiled:
         return obstacle(images, len(images), weights[0].dtype, weights[0].device)
 
     def _up_to_date(
-        self, arguments: tuple[Any, ...], weights: list[Tensor], autocast: bool
-    ) -> _Packed:
-        numbers = tuple(number.item() for number in self._of_kind(NUMBER, arguments))
-        precision = "medium" if autocast else self._precision
+        self, plan: Plan, arguments: Sequence[Any], weights: list[Tensor], autocast: bool
+    ) -> Executor | str:
+        key = (autocast, *self._numbers(arguments))
         with self._lock:
             for packed in self._packed:
-                if packed.fits((autocast, *numbers), weights):
+                if packed.fits(key, weights):
                     break
             else:
                 # The snapshot comes first: what changes while packing is noticed at the next call.
-                packed = _Packed((autocast, *numbers), weights)
-                packed.executor, packed.outputs = self._pack(numbers, weights, precision, autocast)
+                packed = _Packed(key, weights)
+                precision = "medium" if autocast else self._precision
+                packed.executor = self._pack(plan, weights, precision, as_computed=autocast)
             others = [item for item in self._packed if item is not packed and item.is_alive()]
             self._packed = [packed, *others][:_KEPT]
-            return packed
+            return packed.executor
 
     def _pack(
-        self, numbers: tuple[Any, ...], weights: list[Tensor], precision: str, as_computed: bool
-    ) -> tuple[Executor | str, Any]:
-        """The executor and the container of its outputs; or why there is none, and None."""
+        self, plan: Plan, weights: list[Tensor], precision: str, as_computed: bool
+    ) -> Executor | str:
+        """The executor, or why there is none."""
         named = dict(zip(self._names, weights, strict=True))
-        if numbers not in self._plans:
-            if len(self._plans) >= _KEPT:
-                self._plans.clear()
-            self._plans[numbers] = self._read(numbers, named)
-        plan = self._plans[numbers]
-        if isinstance(plan, str):
-            return plan, None
         try:
             used = {name: named[name] for name in plan.weights}
-            return choose(plan, used, precision, as_computed), plan.outputs
+            return choose(plan, used, precision, as_computed)
         except ValueError as error:
-            return str(error), None
+            return str(error)
+
+    def _plan(self, arguments: Sequence[Any], weights: list[Tensor]) -> Plan | _Parts | str:
+        """What the graph computes; or the parts of it that are Plans; or why there is none."""
+        if self._trouble or not weights:
+            return self._trouble or "it has no weights"
+        numbers = self._numbers(arguments)
+        with self._lock:
+            if numbers not in self._plans:
+                if len(self._plans) >= _KEPT:
+                    self._plans.clear()
+                named = dict(zip(self._names, weights, strict=True))
+                plan: Plan | _Parts | str = self._read(numbers, named)
+                if isinstance(plan, str):
+                    plan = self._cut(numbers, named, plan)
+                self._plans[numbers] = plan
+            return self._plans[numbers]
+
+    def _cut(
+        self, numbers: tuple[Any, ...], weights: Mapping[str, Tensor], reason: str
+    ) -> _Parts | str:
+        """The graph with those of its parts compiled that are worth it, or ``reason``."""
+        recorded = _with_numbers(self._recorded, self._kinds, numbers)
+        part_of = _parts(recorded, weights)
+        if _writes_across(recorded, part_of):
+            return reason
+        names = [node.name for node in recorded.graph.find_nodes(op="placeholder")]
+        kinds = dict(zip(names, [kind for kind in self._kinds if kind != NUMBER], strict=True))
+        split = split_module(recorded, nn.Module(), part_of.__getitem__, keep_original_order=True)
+        some = False
+        for name, part in list(split.named_children()):
+            assert isinstance(part, fx.GraphModule)
+            inputs = part.graph.find_nodes(op="placeholder")
+            seen = [node.meta.get("example_value") for node in inputs]
+            own = {
+                node.name: kinds.get(node.name) or _kind(node, example)
+                for node, example in zip(inputs, seen, strict=True)
+            }
+            compiled = _Compiled(part, list(own.values()), self._precision, self._warned)
+            named = {name: weights[name] for name, kind in own.items() if kind == WEIGHT}
+            plan = compiled._read((), named)
+            images = [x for x, kind in zip(seen, own.values(), strict=True) if kind == IMAGE]
+            if isinstance(plan, Plan) and _is_worth_it(plan, images):
+                compiled._plans[()] = plan
+                delattr(split, name)
+                setattr(split, name, compiled)
+                some = True
+        return _Parts(split, reason) if some else reason
 
     def _read(self, numbers: tuple[Any, ...], weights: Mapping[str, Tensor]) -> Plan | str:
         """What the graph computes where its numbers have these values; or why that is no Plan."""
@@ -194,12 +255,19 @@ class _Compiled:
         return plan if any(map(is_fused, plan.steps)) else "it has no block that could be fused"
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """A graph that calls its parts, some compiled, the others as they were recorded."""
+
+    graph: fx.GraphModule
+    reason: str  # why the graph is no Plan as a whole
+
+
 class _Packed:
     """An executor, or why there is none, and the state of the weights that it was made for."""
 
     def __init__(self, numbers: tuple[Any, ...], weights: list[Tensor]) -> None:
         self.executor: Executor | str = ""
-        self.outputs: Any = None
         self._numbers = numbers
         self._states = [_state(weight) for weight in weights]
         self._statistics = _statistics(weights)
@@ -272,6 +340,106 @@ def _with_numbers(
         elif node not in values:
             values[node] = graph.node_copy(node, lambda source: values[source])
     return fx.GraphModule(nn.Module(), graph)
+
+
+# --- graphs that are no Plan as a whole ----------------------------------------------------------
+
+
+def _is_worth_it(plan: Plan, images: Sequence[Tensor]) -> bool:
+    """Whether a convolution is fused in it, and it takes what its part was recorded with."""
+    if not any(is_fused(step) and not isinstance(step, UpsampleAdd) for step in plan.steps):
+        return False
+    if any(type(size) is not int for image in images for size in image.shape):
+        return True  # dynamic: each call tells
+    try:
+        plan.shapes(*(tuple(image.shape) for image in images))
+    except ValueError:
+        return False
+    return all(image.dim() == 4 for image in images)
+
+
+def _parts(recorded: fx.GraphModule, weights: Collection[str]) -> dict[fx.Node, int]:
+    """The number of its part for each call: as long as they have a normal form, or have none.
+
+    The parts follow each other as the calls do, so that every write happens when it did.
+    """
+    normaliser = Normaliser({})
+    parts: dict[fx.Node, int] = {}
+    number, before = 0, True
+    for node in recorded.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in weights:
+                normaliser.add_weight(node, node.name)
+            else:
+                normaliser.add_input(node)
+        elif node.op != "output":
+            known = _is_known(node, normaliser)
+            if not known:  # for those behind it it is an input
+                normaliser.add_input(node)
+            number, before = number + (known != before), known
+            parts[node] = number
+    return parts
+
+
+def _is_known(node: fx.Node, normaliser: Normaliser) -> bool:
+    if not all(_tensors(value) for value in (node, *node.all_input_nodes)):
+        return False  # sizes that are dynamic
+    try:
+        normaliser.add_call(node)
+    except TraceError:
+        return False
+    values = tree_leaves(normaliser._read(node))
+    return all(isinstance(value, Node) and value.op != "unsupported" for value in values)
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _writes_across(recorded: fx.GraphModule, parts: Mapping[fx.Node, int]) -> bool:
+    """Whether a part may write memory that is not its own: a Plan's inputs and outputs need not
+    share memory where the recorded calls' do."""
+    owners: dict[int, int] = {}
+    for node in recorded.graph.nodes:
+        part = parts.get(node, -1)
+        for source in _may_be_written(node):
+            if any(owners[memory] != part for memory in _memory(source)):
+                return True
+        for memory in _memory(node):
+            owners.setdefault(memory, part)
+    return False
+
+
+def _memory(node: fx.Node) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(node)}
+
+
+def _may_be_written(node: fx.Node) -> list[fx.Node]:
+    """The arguments of a call whose memory it may change."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return node.all_input_nodes if target._schema.is_mutable else []
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        mutable = any(getattr(target, name)._schema.is_mutable for name in names)
+        return node.all_input_nodes if mutable else []
+    if _may_write(node):
+        return node.all_input_nodes if "out" in node.kwargs else node.all_input_nodes[:1]
+    if not any(argument is True for argument in (*node.args, *node.kwargs.values())):
+        return []
+    if target in (F.batch_norm, F.instance_norm):
+        return [source for source in node.args[1:3] if isinstance(source, fx.Node)]
+    return [source for source in node.all_input_nodes if _memory(source) & _memory(node)]
+
+
+def _layout(seen: Tensor) -> torch.memory_format:
+    """The memory format of what dynamo saw, without asking for sizes that are dynamic."""
+    strides = seen.stride()
+    ones = [type(stride) is int and stride == 1 for stride in strides]
+    if not ones or ones[-1]:
+        return torch.contiguous_format
+    return torch.channels_last if len(ones) == 4 and ones[1] else torch.preserve_format
 
 
 # Where hgfast is installed, its entry point has made the name known; it must not be known twice.

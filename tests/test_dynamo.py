@@ -21,6 +21,7 @@ import hgfast.dynamo
 from hgfast import HgfastWarning
 from hgfast import _native as native
 from hgfast.runtime.cpu import CpuExecutor
+from tests.field.strangers import STRANGERS
 from tests.networks import Foreign, MethodHourglass, PreactBlock, image, randomise, small_hourglass
 
 pytestmark = pytest.mark.skipif(
@@ -310,19 +311,26 @@ def _autocast(m: Any, x: Tensor) -> Tensor:
         return m.block(x)
 
 
+def _writes_behind(m: Any, x: Tensor) -> Tensor:
+    y = m.block(x)
+    z = torch.cumsum(y, 1)
+    y.relu_()  # what a part returned is changed by another
+    return z + m.block(y)
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda m, x: torch.cumsum(m.block(x), 1), "cumsum"),
         (lambda m, x: m.block(x.relu_()), "relu_|writes|changes"),
         (lambda m, x: m.block(x.mul_(2)), "mul_|writes|changes"),
         (lambda m, x: (m.block(x), x.clone()), "copies"),
         (lambda m, x: (lambda y: (y, y.clone()))(m.block(x)), "copies"),
         (lambda m, x: F.relu(x), "no weights"),
         (lambda m, x: m.block(x).new_tensor([1.0]) + m.block(x), ""),
-        (lambda m, x: m.block(x) * torch.arange(16.0).view(1, 16, 1, 1), ""),
         (_counts, ""),
         (_autocast, "_enter_autocast"),
+        (_writes_behind, "cumsum"),
+        (lambda m, x: F.interpolate(torch.cumsum(x, 1), scale_factor=2), "no weights"),
     ],
 )
 def test_what_is_no_plan_runs_eagerly(
@@ -337,6 +345,91 @@ def test_what_is_no_plan_runs_eagerly(
         check(fast, twin, features())
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
     assert not runs
+
+
+def _flattens(m: Any, x: Tensor) -> Tensor:
+    return m.block(x).contiguous().view(x.shape[0], -1)
+
+
+def _works_on_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.block(x)
+    return m.block(y.unfold(2, 8, 8)[..., 0].transpose(2, 3))
+
+
+def _writes_within(m: Any, x: Tensor) -> Tensor:
+    return m.block(F.relu6(torch.cumsum(m.block(x), 1), inplace=True).clamp_(max=3)) + x.amax()
+
+
+@pytest.mark.parametrize(
+    ("forward", "count"),
+    [
+        (lambda m, x: torch.cumsum(m.block(x), 1), 1),
+        (lambda m, x: m.block(torch.cumsum(m.block(x), 1)), 2),
+        (lambda m, x: m.block(x) * torch.arange(16).view(1, 16, 1, 1).div(16), 1),
+        (lambda m, x: (m.block(x), x.sum(), {"size": x.shape[2], "x": x.argmax()}), 1),
+        (_flattens, 1),
+        (_works_on_a_view, 2),
+        (_writes_within, 2),
+    ],
+)
+def test_parts_of_what_is_no_plan(
+    runs: list[CpuExecutor], forward: Callable[..., Any], count: int
+) -> None:
+    model = randomise(Around(forward)).eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        with pytest.warns(HgfastWarning, match="parts of a compiled graph eagerly") as told:
+            check(fast, model, features())
+        assert len([each for each in told if each.category is HgfastWarning]) == 1
+        check(fast, model, features().contiguous(memory_format=torch.channels_last))
+        assert len(runs) == 2 * count
+        model.block.conv1.weight.mul_(2)
+        check(fast, model, features())
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore", HgfastWarning)  # another graph
+            check(fast, model, features(), atol=0.2)
+    assert len(runs) == 4 * count
+    with pytest.warns(HgfastWarning, match="gradients are enabled"):
+        check(fast, model, features())
+    assert len(runs) == 4 * count
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        *(("squeeze and excite", 7), ("channel shuffle", 3), ("GELU, ELU, Mish", 4)),
+        *(("control flow on values", 1), ("pads to a multiple", 1), ("counts its calls", 0)),
+        *(("sums that broadcast", 0), ("a sum into a slice", 0), ("image by image", 1)),
+    ],
+)
+def test_strangers(runs: list[CpuExecutor], name: str, least: int) -> None:
+    """Data-dependent control flow, layers that no Plan has, writes into slices and buffers."""
+    torch.manual_seed(0)
+    model = STRANGERS[name].build().eval()
+    twin = copy.deepcopy(model)
+    fast = torch.compile(model, backend="hgfast")
+    x = torch.randn(STRANGERS[name].shapes[0])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", HgfastWarning)
+        check(fast, twin, x)
+        check(fast, twin, x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    assert len(runs) >= 2 * least
+    assert bool(runs) == bool(least)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_group_norms(runs: list[CpuExecutor], dynamic: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.block(F.group_norm(m.block(torch.cumsum(x, 1)), 4))
+
+    model = randomise(Around(forward)).eval()
+    fast = compiled(model, dynamic=dynamic)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", HgfastWarning)
+        for size in (16, 12):
+            check(fast, model, features(size))
+    assert len(runs) == 2  # GroupNorm is a step of the Plan
 
 
 def test_each_reason_is_told_once() -> None:
@@ -404,7 +497,7 @@ def test_with_graph_breaks(runs: list[CpuExecutor]) -> None:
     model = randomise(Around(forward)).eval()
     with torch.no_grad(), pytest.warns(HgfastWarning, match="cumsum"):
         check(torch.compile(model, backend="hgfast"), model, features())
-    assert len(runs) == 1
+    assert len(runs) == 2
 
 
 def test_from_several_threads(runs: list[CpuExecutor]) -> None:
