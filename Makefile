@@ -21,7 +21,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py \
           $(shell find cmake csrc tests/emulator -type f -not -path '*/__pycache__/*')
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-peers demo bench gpu resources lint format clean
+.PHONY: build test test-peers demo bench models gpu resources lint format clean
 
 build: $(BUILT)
 
@@ -36,6 +36,11 @@ demo: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# The table of docs/models.md. Half an hour; a part of it: make models MODELS_ARGS="--networks CPN"
+MODELS_ARGS ?=
+models: $(BUILT)
+	$(BIN)/python -m benchmarks.models $(MODELS_ARGS)
 
 # On a machine with a GPU, with the $(PYTHON) that has its torch: builds, tests, measures, writes a
 # table. docs/gpu.md tells more.   make gpu STEPS="build test" GPU_ARGS="--minutes 20"

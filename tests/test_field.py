@@ -13,11 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from field import FIELD, Case
+from field import FIELD, Case, prepared
 from field.strangers import STRANGERS, Keyword
 from field.variants import Varied, shape_of, variants
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import hgfast
@@ -54,22 +53,6 @@ def _may_replace_nothing() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hgfast.HgfastWarning)
         yield
-
-
-def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In evaluation mode, with norms of all kinds that a wrong folding would get wrong."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, (_BatchNorm, nn.InstanceNorm2d, nn.GroupNorm)):
-            shifts = getattr(module, "running_mean", None), module.bias
-            scales = getattr(module, "running_var", None), module.weight
-            with torch.no_grad():
-                for shift, scale in zip(shifts, scales, strict=True):
-                    if shift is not None:
-                        shift.normal_(0, 0.2, generator=generator)
-                        scale.uniform_(0.5, 1.5, generator=generator)
-    model.eval()  # on a line of its own: some networks' eval() returns nothing
-    return model
 
 
 def small(case: Case) -> nn.Module:
