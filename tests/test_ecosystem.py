@@ -8,7 +8,7 @@ import io
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,7 @@ def test_inductor() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network(2)
+            self.network = network()
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.sigmoid(self.network(x / 2 + 0.25)[-1]).transpose(2, 3)
@@ -323,9 +323,9 @@ def test_inductor() -> None:
         assert_close(run(compiled, x), run(model, x))
         with torch.inference_mode():
             assert_close([compiled(x)], run(model, x))
-    fast.network.heads[1].heatmap.weight.data.mul_(0.5)
+    fast.network.heads[0].heatmap.weight.data.mul_(0.5)
     with torch.no_grad():
-        fast.network.heads[1].heatmap.bias.add_(0.25)
+        fast.network.heads[0].heatmap.bias.add_(0.25)
     assert_close(run(compiled, image(2)), eager(fast, image(2)))
 
 
@@ -554,10 +554,9 @@ def test_a_compiled_model_refuses_what_eager_refuses(x: Tensor) -> None:
 # --- torch.export and AOTInductor -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("decode", [None, "quarter"])
+@pytest.mark.parametrize(("strict", "decode"), [(False, None), (True, None), (False, "quarter")])
 def test_export(strict: bool, decode: str | None) -> None:
-    fast = hgfast.optimize(network(2), decode=decode)
+    fast = hgfast.optimize(network(), decode=decode)
     with torch.no_grad():
         program = torch.export.export(fast, (image(),), strict=strict)
     assert plans_in(program.graph_module) == 1
@@ -574,7 +573,7 @@ def test_export(strict: bool, decode: str | None) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_sizes_left_open(strict: bool) -> None:
-    model = network(2)
+    model = network()
     batch, rows, columns = (torch.export.Dim(name, max=64) for name in ("batch", "rows", "columns"))
     with torch.no_grad():
         program = torch.export.export(
@@ -621,7 +620,7 @@ def test_exported_weights_may_change() -> None:
 
 
 def test_aot_inductor(tmp_path: Path, packings: list[int]) -> None:
-    model = network(2)
+    model = network()
     fast = hgfast.optimize(model)
     rows = torch.export.Dim("rows", max=64)
     with torch.no_grad():
@@ -775,3 +774,180 @@ def test_autocast_inside_torch_compile(size: tuple[int, ...]) -> None:
         pytest.warns(hgfast.HgfastWarning, match=r"another dtype than torch\.bfloat16"),
     ):
         run(graphs.compile(fast), x)
+
+
+# --- other tools ------------------------------------------------------------------------------
+
+
+def reasons(fast: nn.Module) -> str:
+    return "; ".join(f"{row.name}: {row.reason}" for row in hgfast.report(fast).skipped)
+
+
+def assert_optimises(model: nn.Module, *inputs: Tensor, regions: int = 1) -> nn.Module:
+    """That so many regions run, and give what ``model`` gives."""
+    fast = hgfast.optimize(model)
+    assert len(regions_of(fast)) == regions, reasons(fast)
+    assert_close(run(fast, *inputs), run(model, *inputs))
+    return fast
+
+
+def test_batch_norms_folded_by_hand() -> None:
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    model = randomise(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), PreactBlock())).eval()
+    folded = nn.Sequential(fuse_conv_bn_eval(model[0], model[1]), nn.ReLU(), model[2])
+    assert_optimises(folded.eval(), image(2, 9, 7))
+
+
+def test_graph_modules_of_fx() -> None:
+    model = network()
+    fast = assert_optimises(torch.fx.symbolic_trace(model), image())
+    assert_close(run(fast, image()), run(model, image()))
+
+
+def test_weights_through_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    fast, other = hgfast.optimize(network()), network()
+    edit_in_place(other)
+    safetensors.save_model(other, tmp_path / "model.safetensors")
+    run(fast, image())
+    safetensors.load_model(fast, tmp_path / "model.safetensors")
+    assert_close(run(fast, image()), run(other, image()))
+    safetensors.save_model(fast, tmp_path / "again.safetensors")
+    again = safetensors.load_file(tmp_path / "again.safetensors")
+    assert again.keys() == other.state_dict().keys()
+
+
+def _in_a_child(fast: nn.Module, x: Tensor) -> tuple[str, list[Tensor]]:
+    (region,) = regions_of(fast)
+    heatmaps = run(fast, x)
+    return region.backend, [each.clone() for each in heatmaps]
+
+
+def test_a_model_sent_to_a_process_that_was_spawned() -> None:
+    fast = hgfast.optimize(randomise(PreactBlock()).eval())
+    x = features(1, 16, 4, 4)
+    expected = run(fast, x)  # packed here, not in the child
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        backend, ours = pool.submit(_in_a_child, fast, x).result(timeout=120)
+    assert backend == regions_of(fast)[0].backend
+    assert_close(ours, expected)
+
+
+def test_threads_that_compile_and_run_at_once() -> None:
+    fast = hgfast.optimize(randomise(PreactBlock()).eval())
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    x = features(1, 16, 4, 4)
+    expected = run(fast, x)
+    with ThreadPoolExecutor(3) as pool:
+        for ours in pool.map(lambda _: run(compiled, x), range(12)):
+            assert_close(ours, expected)
+
+
+def test_behind_data_parallel() -> None:
+    model = network()
+    wrapped = nn.DataParallel(hgfast.optimize(model))
+    assert_close(run(wrapped, image(2)), run(model, image(2)))
+    fast = assert_optimises(nn.DataParallel(model), image(2))
+    assert regions_of(fast)[0].name == "module"
+
+
+class LowRank(nn.Module):
+    """What LoRA adds to a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(0.1 * torch.randn(weight.shape[0], 2))
+        self.b = nn.Parameter(0.1 * torch.randn(2, weight[0].numel()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.a @ self.b).view_as(weight)
+
+
+def low_rank(conv: nn.Conv2d) -> nn.Module:
+    return torch.nn.utils.parametrize.register_parametrization(conv, "weight", LowRank(conv.weight))
+
+
+@pytest.mark.parametrize(
+    "parametrise",
+    [
+        torch.nn.utils.parametrizations.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        low_rank,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_computed_weights_are_left_alone(parametrise: Callable[[nn.Conv2d], nn.Module]) -> None:
+    model = randomise(nn.Sequential(PreactBlock(), PreactBlock(), PreactBlock())).eval()
+    parametrise(model[1].conv2)
+    model.eval()
+    x = features(1, 16, 4, 4)
+    fast = assert_optimises(model, x, regions=2)
+    assert "conv2 has a parametrisation" in reasons(fast)
+    expected = run(model, x)  # a copy shares its class: what is removed here is removed there
+    torch.nn.utils.parametrize.remove_parametrizations(fast[1].conv2, "weight")
+    assert_close(run(fast, x), expected)
+    assert_optimises(hgfast.restore(fast), x)
+
+
+def test_quantised_layers_are_left_alone() -> None:
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.score = PreactBlock(), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.block(x)
+            return y, self.score(y.mean((2, 3)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.ao.quantization.quantize_dynamic(randomise(Scored()).eval(), {nn.Linear})
+    fast = assert_optimises(model, features(2, 16, 4, 4))
+    assert regions_of(fast)[0].name == "block"
+    assert "score" in reasons(fast)
+
+
+def test_a_network_quantised_ahead_is_left_alone() -> None:
+    from torch.ao import quantization
+    from torch.ao.quantization import quantize_fx
+
+    model = randomise(PreactBlock()).eval()
+    x = features(1, 16, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = quantize_fx.prepare_fx(
+            model, quantization.get_default_qconfig_mapping("x86"), (x,)
+        )
+        prepared(x)
+        quantised = quantize_fx.convert_fx(prepared)
+    with pytest.warns(hgfast.HgfastWarning, match="replaced nothing"):
+        fast = hgfast.optimize(quantised)
+    assert torch.equal(run(fast, x)[0], run(quantised, x)[0])
+
+
+class Careless(nn.Module):
+    """Its eval() returns nothing, its forward takes a list and empties it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = PreactBlock()
+
+    def eval(self) -> None:  # type: ignore[override]
+        super().eval()
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.block(inputs.pop())
+
+
+def test_careless_networks() -> None:
+    model = randomise(Careless())
+    model.eval()
+    fast = hgfast.optimize(model)
+    assert [region.name for region in regions_of(fast)] == ["block"]
+    ours, theirs = [features(1, 16, 4, 4)], [features(1, 16, 4, 4)]
+    with torch.inference_mode():
+        assert_close([fast(ours)], [model(theirs)])
+    assert ours == theirs == []
+    assert fast.eval() is None
