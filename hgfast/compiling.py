@@ -24,7 +24,7 @@ import json
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -279,6 +279,13 @@ class _Packs:
             self._forget()
             if self._find(key, state) is None:
                 self._keep(key, state, weights, executor)
+
+    def forget(self, weights: Iterable[Tensor]) -> None:
+        """Drop what was made from any of these: they changed, and left no trace of it."""
+        changed = {tensor._cdata for tensor in weights}
+        with self._lock:
+            for key in [key for key in self._packed if changed.intersection(key)]:
+                del self._packed[key]
 
     def _keep(
         self, key: _Key, state: _State, weights: Sequence[Tensor], executor: Executor | None

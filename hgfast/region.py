@@ -207,8 +207,9 @@ class Region(Forward):
             return self._state
 
     def recognise(self) -> _State:
-        """Read the module anew, after something in it was replaced."""
+        """Read the module anew, after something in it was replaced, or changed without a trace."""
         with self._lock:
+            compiling.packs.forget(tensors_of(self.module).values())
             shapes, weights = self.plan.input_shapes, next(self.module.parameters(), None)
             example = None
             if shapes is not None and weights is not None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hgfast import _native
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("name", ["decoding.md"])
-def test_examples(name: str) -> None:
+def run_examples(name: str) -> None:
     blocks = re.findall(r"```pycon\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
     assert blocks
     example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, name, name, 0)
@@ -22,7 +22,19 @@ def test_examples(name: str) -> None:
     assert not report, "".join(report)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("name", ["decoding.md"])
+def test_examples(name: str) -> None:
+    run_examples(name)
+
+
+@pytest.mark.skipif(_native.load() is None, reason=str(_native.reason))
+@pytest.mark.parametrize("name", ["ecosystem.md"])
+def test_examples_with_kernels(name: str) -> None:
+    run_examples(name)
+
+
+@pytest.mark.parametrize("name", ["decoding.md", "ecosystem.md"])
 def test_what_it_refers_to_is_there(name: str) -> None:
     text = (DOCS / name).read_text()
     for test in set(re.findall(r"`((?:\w+/)*test_\w+)`", text)):
