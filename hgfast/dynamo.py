@@ -89,8 +89,10 @@ class _Compiled:
         nodes = recorded.graph.find_nodes(op="placeholder")
         self._kinds = kinds
         self._names = [n.name for n, kind in zip(nodes, self._kinds, strict=True) if kind == WEIGHT]
+        # What the rest of the graph and of the program was recorded for.
         (output,) = recorded.graph.find_nodes(op="output")
-        self._outputs = [node.meta.get("example_value") for node in output.all_input_nodes]
+        seen = [tensor for node in output.all_input_nodes for tensor in _tensors(node)]
+        self._forms = [(tensor.dtype, _layout(tensor)) for tensor in seen]
 
     def __call__(self, *arguments: Any) -> Any:
         images = tuple(self._of_kind(IMAGE, arguments))
@@ -125,9 +127,9 @@ class _Compiled:
             values = executor.run(images)
         except ValueError as error:  # shapes that do not fit: eager has the last word
             return None, str(error)
-        # What dynamo saw is what the rest was recorded for; autocast is one of its guards.
-        for number, seen in zip(output_values(plan.outputs), self._outputs, strict=True):
-            values[number] = values[number].to(seen.dtype, memory_format=_layout(seen))
+        for number, form in zip(output_values(plan.outputs), self._forms, strict=True):
+            dtype, layout = form  # under autocast those of autocast, which dynamo guards
+            values[number] = values[number].to(dtype, memory_format=layout)
         return fill_outputs(plan.outputs, values), None
 
     def _warn(self, message: str) -> None:
@@ -435,7 +437,7 @@ def _may_be_written(node: fx.Node) -> list[fx.Node]:
 
 def _layout(seen: Tensor) -> torch.memory_format:
     """The memory format of what dynamo saw, without asking for sizes that are dynamic."""
-    strides = seen.stride()
+    strides = seen.stride() if seen.layout is torch.strided else (0,)
     ones = [type(stride) is int and stride == 1 for stride in strides]
     if not ones or ones[-1]:
         return torch.contiguous_format
