@@ -417,12 +417,12 @@ def _same(step: Plain, *inputs: Shape) -> Shape:
     sizes = zip(*(((1,) * (rank - len(x)) + tuple(x)) for x in inputs), strict=True)
     result = []
     for each in sizes:
-        wide = {size for size in each if size != 1} or {1}
-        if len(wide) > 1:
+        wide = [size for size in each if size != 1]  # sizes may be symbols: compared, not hashed
+        if any(size != wide[0] for size in wide):
             raise ValueError(
                 f"{step.name or step.op} combines values of different shapes: {inputs}"
             )
-        result.append(wide.pop())
+        result.append(wide[0] if wide else 1)
     return tuple(result)
 
 

@@ -384,9 +384,14 @@ class Region(Forward):
         """Why eager must run, or "", and every module of the region."""
         reason = ""
         modules: list[nn.Module] = []
+        # torch.export follows Python only if it is strict. Else it runs it, and the attributes of
+        # a module that is shared are proxies of modules.
+        every = [] if torch.compiler.is_dynamo_compiling() else list(self.module.modules())
         for line in self._places_of_modules().split("\n"):
             parent, name, identity, children, modal = line.split("\t")
-            module = getattr(modules[int(parent)], name) if modules else self.module
+            module: Any = every[len(modules)] if every else self.module
+            if modules and not every:
+                module = getattr(modules[int(parent)], name)
             modules.append(module)
             if id(module) != int(identity):
                 return _EAGER_FINDINGS["structure"], modules
@@ -483,10 +488,11 @@ class Region(Forward):
     def _places_of_weights(self) -> str:
         """A line for each of the operator's weights: the number of its module, its name there."""
         numbers = {id(module): number for number, module in enumerate(self.module.modules())}
+        owners = dict(self.module.named_modules(remove_duplicate=False))
         lines = []
         for weight in compiling.watched_weights(self._recorded_plan(), tensors_of(self.module)):
             owner, _, name = weight.rpartition(".")
-            lines.append(f"{numbers[id(self.module.get_submodule(owner))]}\t{name}")
+            lines.append(f"{numbers[id(owners[owner])]}\t{name}")
         return "\n".join(lines)
 
     @_constant

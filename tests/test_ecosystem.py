@@ -16,6 +16,7 @@ import pytest
 import torch
 from networks import Foreign, MethodHourglass, PreactBlock, image, randomise, small_hourglass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import hgfast
 from hgfast import _native, compiling
@@ -37,7 +38,12 @@ def _no_silent_fallback() -> Iterator[None]:
 
 
 def network(stacks: int = 1) -> nn.Module:
-    return small_hourglass(stacks, depth=1)
+    """With few blocks: dynamo takes its time for each module."""
+    model = small_hourglass(stacks, depth=1)
+    for hourglass, head in zip(model.hourglasses, model.heads, strict=True):
+        hourglass.enter, hourglass.inner = nn.Sequential(), nn.Sequential()
+        head.residuals = nn.Sequential()
+    return model
 
 
 def run(model: Callable[..., Any], *inputs: Tensor) -> Leaves:
@@ -270,6 +276,26 @@ def test_one_graph_for_all_sizes(dynamic: bool | None) -> None:
         x = image(batch, height, width)
         assert_close(run(compiled, x), run(model, x))
     assert graphs.plans == [1] * (1 if dynamic else 2)
+
+
+class Scaled(nn.Module):
+    """Operations of PyTorch's own around a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = PreactBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.block(x * 0.5 + 0.25))
+        return F.leaky_relu(y * x).permute(0, 1, 3, 2)
+
+
+def test_one_graph_for_all_sizes_of_plain_operations() -> None:
+    model, graphs = randomise(Scaled()).eval(), Recorded()
+    compiled = graphs.compile(hgfast.optimize(model), dynamic=True)
+    for size in ((2, 16, 4, 6), (3, 16, 8, 2)):
+        assert_close(run(compiled, features(*size)), run(model, features(*size)))
+    assert graphs.plans == [1]
 
 
 def test_regions_inside_a_network() -> None:
@@ -599,6 +625,17 @@ def test_export_of_regions_inside_a_network(strict: bool) -> None:
     with torch.no_grad():
         program = torch.export.export(hgfast.optimize(model), (x,), strict=strict)
     assert plans_in(program.graph_module) == 2
+    assert_close(run(program.module(), x), run(model, x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_modules_that_are_shared(strict: bool) -> None:
+    block = randomise(PreactBlock())
+    model = nn.Sequential(block, nn.Conv2d(16, 16, 1), nn.Sequential(block, block)).eval()
+    x = features(1, 16, 4, 4)
+    with torch.no_grad():
+        program = torch.export.export(hgfast.optimize(model), (x,), strict=strict)
+    assert plans_in(program.graph_module) == 1
     assert_close(run(program.module(), x), run(model, x))
 
 
