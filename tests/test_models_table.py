@@ -37,7 +37,7 @@ def a_row(network: str = "CPN", precision: str = "highest", **other: Any) -> mod
         "error": 0.5,
         "faults": [],
         "ms": {"eager": 30.0, "eager channels_last": 20.0, "torch.compile": 9.0, "hgfast": 10.0},
-        "timing": {"load_before": 0.5},
+        "timing": {"spread": {"hgfast highest": 1.02}},
         "versions": {"torch": "2.13.0"},
     }
     return {**row, **other}
@@ -148,6 +148,8 @@ def test_a_line() -> None:
     assert 'Slower than torch.compile: CPN "highest" 0.90' in told
     assert 'Beyond what verify allows: CPN "medium" 0.50 ([0]: max error)' in told
     assert 'Not all FLOPs replaced: CPN "medium" 99.9 %' in told
+    assert '"high" ran' not in told
+    assert "differed by 2 % (median)" in models.shown({"machine": {}, "rows": rows}, "x.json")
 
 
 def test_the_page_is_replaced_between_its_markers(tmp_path: Path) -> None:
