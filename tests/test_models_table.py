@@ -17,6 +17,7 @@ from benchmarks import models  # noqa: E402
 from hgfast import _native  # noqa: E402
 
 needs_native = pytest.mark.skipif(_native.load() is None, reason=str(_native.reason))
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("models-*.json"))
 
 # Depthwise convolutions have no kernel.
 SHARES = {"light hourglass": 0.95}
@@ -41,6 +42,29 @@ def a_row(network: str = "CPN", precision: str = "highest", **other: Any) -> mod
         "versions": {"torch": "2.13.0"},
     }
     return {**row, **other}
+
+
+# --- what is committed ---
+
+
+def test_the_page_says_what_the_json_says() -> None:
+    shown = models.DOCS.read_text().split(models.BEGIN)[1].split(models.END)[0].strip()
+    made = [models.shown(read(path), path.name) for path in RESULTS]
+    assert shown in (made or [""])
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_committed_rows(path: Path) -> None:
+    rows = read(path)["rows"]
+    found = [(row["network"], row["precision"]) for row in rows]
+    assert found == [(name, p) for name in models.NETWORKS for p in models.PRECISIONS]
+    for row in rows:
+        assert 1 >= row["share"] >= SHARES.get(row["network"], 1.0), row
+        assert 0 < row["error"] <= 1, row
+        assert not row["faults"], row
+        speedup = models.speedup(row, "eager")
+        assert speedup is not None
+        assert speedup >= 1, row
 
 
 # --- the command, on small networks ---
