@@ -3,6 +3,7 @@
 #
 #   make test PYTEST_ARGS="-k decode -x"     make bench PYTEST_ARGS=...     make lint     make format
 #   make test-peers: against other implementations, which it installs
+#   make models: the table of docs/models.md, half an hour
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,7 +38,7 @@ demo: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
 
-# The table of docs/models.md. Half an hour; a part of it: make models MODELS_ARGS="--networks CPN"
+# A part of it: make models MODELS_ARGS="--networks CPN"
 MODELS_ARGS ?=
 models: $(BUILT)
 	$(BIN)/python -m benchmarks.models $(MODELS_ARGS)
