@@ -81,10 +81,9 @@ def test_the_entry_point_is_declared_and_resolves() -> None:
     assert "hgfast" in torch.compiler.list_backends()
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
-def test_hourglasses_of_all_sizes(runs: list[CpuExecutor], dynamic: bool | None) -> None:
+def test_hourglasses_of_all_sizes(runs: list[CpuExecutor]) -> None:
     model = randomise(MethodHourglass(depth=1)).eval()
-    fast = compiled(model, dynamic=dynamic)
+    fast = compiled(model)
     sizes = [(1, 16, 16, 16), (1, 16, 24, 16), (3, 16, 16, 32), (2, 16, 8, 8), (1, 16, 16, 16)]
     with torch.inference_mode():
         for size in sizes:
@@ -338,7 +337,7 @@ def _writes_behind(m: Any, x: Tensor) -> Tensor:
         (_counts, ""),
         (_autocast, "_enter_autocast"),
         (lambda m, x: (x.sum() + m.calls, x[0, 0].to_sparse()), ""),
-        (_writes_behind, "cumsum"),
+        (_writes_behind, ""),
         (lambda m, x: F.interpolate(torch.cumsum(x, 1), scale_factor=2), "no weights"),
     ],
 )
