@@ -436,7 +436,9 @@ def _upsampled(step: Plain, x: Shape, *like: Shape) -> Shape:
     return (*x[:2], *(int(n * scale) for n, scale in zip(x[2:], scales, strict=True)))
 
 
-def _adaptive(step: Plain, x: Shape) -> Shape:
+def _adaptive(step: Plain, x: Shape, *like: Shape) -> Shape:
+    if like:
+        return (*x[:2], *like[0][2:])
     size = dict(step.arguments)["output_size"]
     return (
         *x[:2],
@@ -500,6 +502,53 @@ def _shuffled(step: Plain, x: Shape) -> Shape:
     return x[0], x[1] // factor**2, x[2] * factor, x[3] * factor
 
 
+def _viewed(step: Plain, *inputs: Shape) -> Shape:
+    wanted = [
+        n.value(*inputs) if isinstance(n, Guard) else n for n in dict(step.arguments)["shape"]
+    ]
+    total = prod(inputs[0])
+    known = prod(n for n in wanted if n != -1)
+    sizes = tuple(total // known if n == -1 else n for n in wanted) if known else ()
+    if prod(sizes) != total or wanted.count(-1) > 1:
+        raise ValueError(f"{step.name or step.op} cannot view {inputs[0]} as {tuple(wanted)}")
+    return sizes
+
+
+def _indexed(step: Plain, x: Shape) -> Shape:
+    index = dict(step.arguments)["index"]
+    rest = [*index, *(slice(None),) * (len(x) - sum(item is not None for item in index))]
+    sizes, result = iter(x), []
+    for item in rest:
+        if item is None:
+            result.append(1)
+            continue
+        size = next(sizes)
+        if isinstance(item, slice):
+            # The common slice is spelt out: sizes may be symbols.
+            result.append(size if item == slice(None) else len(range(size)[item]))
+        elif not -size <= item < size:
+            raise ValueError(f"{step.name or step.op} has no element {item} along {size}")
+    return tuple(result)
+
+
+def _multiplied(step: Plain, a: Shape, b: Shape) -> Shape:
+    if a[-1] != b[-2]:
+        raise ValueError(f"{step.name or step.op} multiplies {tuple(a)} by {tuple(b)}")
+    return (*_same(step, a[:-2], b[:-2]), a[-2], b[-1])
+
+
+def _squeezed(step: Plain, x: Shape) -> Shape:
+    dims = {dim % len(x) for dim in dict(step.arguments)["dim"]}
+    if any(x[dim] != 1 for dim in dims):  # PyTorch would leave it: another rank than was traced
+        raise ValueError(f"{step.name or step.op} squeezes dimensions of {tuple(x)} that are not 1")
+    return tuple(n for i, n in enumerate(x) if i not in dims)
+
+
+def _unsqueezed(step: Plain, x: Shape) -> Shape:
+    dim = dict(step.arguments)["dim"] % (len(x) + 1)
+    return (*x[:dim], 1, *x[dim:])
+
+
 #: Shape rules of the plain operations that are not elementwise.
 _SHAPES: dict[str, Any] = {
     "upsample": _upsampled,
@@ -509,7 +558,13 @@ _SHAPES: dict[str, Any] = {
     "concat": _joined,
     "permute": _permuted,
     "flatten": _flattened,
+    "matmul": _multiplied,
     "mean": _reduced,
+    "sum": _reduced,
+    "view": _viewed,
+    "getitem": _indexed,
+    "squeeze": _squeezed,
+    "unsqueeze": _unsqueezed,
     "chunk": _chunked,
     "pad": _padded,
     "pixel_shuffle": _shuffled,

@@ -101,14 +101,31 @@ def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, **arguments: Any) -> Tenso
     return F.batch_norm(x, mean, var, **arguments)
 
 
+def _adaptive(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, *like, output_size: pool(x, like[0].shape[2:] if like else output_size)
+
+
+def _squeeze(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    if any(x.shape[d] != 1 for d in dim):
+        raise RuntimeError(f"squeezes dimensions {dim} of {tuple(x.shape)}, which are not 1")
+    return torch.squeeze(x, dim)
+
+
+def _view(x: Tensor, *like: Tensor, shape: Sequence[Any]) -> Tensor:
+    known = [tuple(item.shape) for item in (x, *like)]
+    return x.reshape([n if isinstance(n, int) else n.value(*known) for n in shape])
+
+
 #: PyTorch's own operations that a Plan may contain, by the names that traced graphs give them. Each
 #: is called with the activations, then keywords.
 PLAIN: dict[str, Callable[..., Tensor]] = {
-    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
-    "adaptive_max_pool2d": F.adaptive_max_pool2d,
+    "adaptive_avg_pool2d": _adaptive(F.adaptive_avg_pool2d),
+    "adaptive_max_pool2d": _adaptive(F.adaptive_max_pool2d),
     "add_number": lambda x, other: x + other,
     "add_weight": lambda x, other: x + other,
     "batch_norm": _batch_norm,
+    "broadcast_add": torch.add,
+    "channel_shuffle": lambda x, groups: F.channel_shuffle(x, groups),
     "chunk": lambda x, chunks, dim, index: x.chunk(chunks, dim)[index],
     "clamp": torch.clamp,
     "concat": lambda *xs, dim: torch.cat(xs, dim),
@@ -117,12 +134,15 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "elu": F.elu,
     "flatten": torch.flatten,
     "gelu": F.gelu,
+    "getitem": lambda x, index: x[index],
     "group_norm": F.group_norm,
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
     "instance_norm": F.instance_norm,
+    "layer_norm": F.layer_norm,
     "leaky_relu": F.leaky_relu,
     "linear": F.linear,
+    "matmul": torch.matmul,
     "mean": torch.mean,
     "mul": torch.mul,
     "mul_number": lambda x, other: x * other,
@@ -136,10 +156,14 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "softmax": F.softmax,
+    "squeeze": _squeeze,
     "stack": lambda *xs, dim: torch.stack(xs, dim),
     "sub": torch.sub,
+    "sum": torch.sum,
     "tanh": torch.tanh,
+    "unsqueeze": torch.unsqueeze,
     "upsample": _upsample,
+    "view": _view,
 }
 
 _STEPS: dict[str, Callable[..., Tensor]] = {

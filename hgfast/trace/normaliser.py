@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,13 @@ from hgfast.trace.operations import (
     FUNCTIONS,
     INPLACE,
     INPLACE_METHODS,
+    MAYBE_VIEWS,
     METHODS,
     SAME_MEMORY,
     VIEWS,
     Sizes,
     module_node,
+    split,
 )
 
 #: Augmented assignments. fx would record `x *= y` as a new product and hide that x has changed.
@@ -30,19 +32,48 @@ AUGMENTED = [
 ]
 
 
-@dataclass
+ARITHMETIC = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.mod: "%",
+    operator.floordiv: "//",
+}
+
+
+@dataclass(eq=False)
 class _Cell:
-    """A tensor's memory: names that alias it share the cell, and its value may be replaced."""
+    """A name's tensor. Names of the same tensor share the cell, and its value may be replaced.
+
+    ``family`` are the cells whose tensors may lie in the same memory, as views of one another.
+    When one is changed in place, what the others hold now is unknown.
+    """
 
     value: Node
     is_input: bool = False
-    may_alias: bool = False  # perhaps a view of another cell's memory
+    is_stale: bool = False
+    family: list[_Cell] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.family = [self]
+
+    def join(self, other: _Cell) -> None:
+        """The two may be views of the same memory."""
+        if self.family is not other.family:
+            self.family.extend(other.family)
+            for cell in other.family:
+                cell.family = self.family
+
+    def read(self) -> Node:
+        if self.is_stale:
+            raise TraceError("it changes in place what may be a view of another activation")
+        return self.value
 
     def replace(self, value: Node) -> None:
-        if self.is_input:
+        if any(cell.is_input for cell in self.family):
             raise TraceError("it changes its input in place")
-        if self.may_alias:
-            raise TraceError("it changes in place what may be a view of another activation")
+        for cell in self.family:
+            cell.is_stale = cell is not self
         self.value = value
 
 
@@ -78,14 +109,17 @@ class Normaliser:
             self._replace(source, self._convert(source, pure[target]))
         elif target is operator.getitem and isinstance(self._held(source), (list, Sizes)):
             self.values[source] = self._held(source)[source.args[1]]
+        elif target in ARITHMETIC and self._is_of_sizes(source):
+            a, b = self._read(list(source.args))
+            sizes = Sizes.computed(ARITHMETIC[target], a, b)
+            self._define(source, sizes or unsupported(f"{_describe(source)} of sizes"))
         elif target in pure and "out" not in source.kwargs:
             self._define(source, self._convert(source, pure[target]))
         elif _may_write(source):
             # Even if nobody looks at its result: what it wrote may be looked at.
             raise TraceError(f"it uses {_describe(source)}, which writes in place")
         else:
-            node = unsupported(_describe(source))
-            self.values[source] = _Cell(self._append(node, source), may_alias=True)
+            self._define(source, unsupported(_describe(source)))
 
     def finish(self, outputs: Any) -> Graph:
         outputs = self._read(outputs)
@@ -120,16 +154,21 @@ class Normaliser:
         if source.target in SAME_MEMORY and result.op != "unsupported":
             self.values[source] = arguments[0]
             return
-        is_view = source.target in VIEWS or isinstance(result, list) or result.op == "unsupported"
         cells = [
-            _Cell(self._append(node, source), may_alias=is_view)
+            _Cell(self._append(node, source))
             for node in (result if isinstance(result, list) else [result])
         ]
-        if is_view:
-            for cell in arguments:
-                if isinstance(cell, _Cell):
-                    cell.may_alias = True
+        for cell in cells:
+            if cell.value.op in VIEWS or source.target in MAYBE_VIEWS:
+                for argument in arguments:
+                    for other in argument if isinstance(argument, list) else [argument]:
+                        if isinstance(other, _Cell):
+                            cell.join(other)
         self.values[source] = cells if isinstance(result, list) else cells[0]
+
+    def _is_of_sizes(self, source: fx.Node) -> bool:
+        arguments = (self.values[node] for node in source.all_input_nodes)
+        return any(isinstance(argument, Sizes) for argument in arguments)
 
     def _held(self, source: fx.Node) -> Any:
         """What its first argument stands for: a cell of memory, several, sizes."""
@@ -147,7 +186,10 @@ class Normaliser:
 
     def _convert(self, source: fx.Node, convert: Callable[..., Any]) -> Any:
         try:
-            result = convert(*self._read(list(source.args)), **self._read(dict(source.kwargs)))
+            given = self._read(dict(source.kwargs))
+            if convert is split:
+                given["parts"] = _parts_taken(source)
+            result = convert(*self._read(list(source.args)), **given)
         # Arguments that the normal form has no place for.
         except (TypeError, AttributeError, IndexError, KeyError):
             return unsupported(_describe(source))
@@ -172,14 +214,25 @@ class Normaliser:
         if isinstance(argument, fx.Node):
             value = self.values[argument]
             if isinstance(value, list):
-                return [cell.value for cell in value]
-            return value.value if isinstance(value, _Cell) else value
+                return [cell.read() for cell in value]
+            return value.read() if isinstance(value, _Cell) else value
         if isinstance(argument, (list, tuple)):
             items = [self._read(item) for item in argument]
             return tuple(items) if isinstance(argument, tuple) else items
         if isinstance(argument, dict):
             return {key: self._read(item) for key, item in argument.items()}
         return argument
+
+
+def _parts_taken(source: fx.Node) -> int:
+    """How many parts of a split there must be for what is made of them; 0 where that is unclear."""
+    last = -1
+    for user in source.users:
+        index = user.args[1] if user.target is operator.getitem else None
+        if not isinstance(index, int) or index < 0:
+            return 0
+        last = max(last, index)
+    return last + 1
 
 
 def _module_name(path: str) -> str:

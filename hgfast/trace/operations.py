@@ -11,12 +11,14 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hgfast.plan import Guard
 from hgfast.trace.graph import Node, Weight, unsupported
 
 
@@ -310,16 +312,27 @@ def _permute(x: Node, *dims: Any) -> Node:
     return Node("permute", (x,), {"dims": dims})
 
 
-def _mean(x: Node, dim: Any = None, keepdim: bool = False) -> Node:
-    if dim is None:
-        return unsupported("the mean of everything")
-    return Node(
-        "mean", (x,), {"dim": (dim,) if isinstance(dim, int) else tuple(dim), "keepdim": keepdim}
-    )
+def _reduction(op: str) -> Callable[..., Node]:
+    def convert(x: Node, dim: Any = None, keepdim: bool = False) -> Node:
+        if dim is None:
+            return unsupported(f"the {op} of everything")
+        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        return Node(op, (x,), {"dim": dims, "keepdim": keepdim})
+
+    return convert
 
 
 def _adaptive(op: str) -> Callable[..., Node]:
-    return lambda x, output_size: Node(op, (x,), {"output_size": _pair(output_size)})
+    def convert(x: Node, output_size: Any) -> Node:
+        like = _size_like(output_size)
+        if like is not None:
+            return Node(op, (x, like), {"output_size": None})
+        size = _pair(output_size)
+        if not all(n is None or isinstance(n, int) for n in size):
+            return unsupported(f"{op} to a computed size")
+        return Node(op, (x,), {"output_size": size})
+
+    return convert
 
 
 def _pad(x: Node, pad: Any, mode: str = "constant", value: Any = None) -> Node:
@@ -336,6 +349,20 @@ def _chunk(x: Node, chunks: int, dim: int = 0) -> list[Node]:
     return [Node("chunk", (x,), {"chunks": chunks, "dim": dim, "index": i}) for i in range(chunks)]
 
 
+def split(x: Node, size: Any, dim: int = 0, parts: int = 0) -> list[Node]:
+    """``parts`` is how many of one size are made use of."""
+    sizes = [size] * parts if isinstance(size, int) else list(size)
+    if not sizes:
+        return [unsupported("split() into parts that are not taken one by one")]
+    dim %= _rank(x)
+    nodes, start = [], 0
+    for each in sizes:
+        # The last of equal parts may be smaller, which a slice is too.
+        nodes.append(_slice(x, dim, start, start + each))
+        start += each
+    return nodes
+
+
 def _linear(x: Node, weight: Any, bias: Any = None) -> Node:
     if not isinstance(weight, Weight) or not (bias is None or isinstance(bias, Weight)):
         return unsupported("a linear map whose weight is computed")
@@ -349,6 +376,20 @@ def _group_norm(
     return Node("group_norm", (x,), given)
 
 
+def _layer_norm(
+    x: Node, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Node:
+    shape = tuple(normalized_shape)
+    given = {"normalized_shape": shape, "weight": weight, "bias": bias, "eps": eps}
+    return Node("layer_norm", (x,), given)
+
+
+def _matmul(a: Any, b: Any) -> Node:
+    if not isinstance(a, Node) or not isinstance(b, Node) or min(_rank(a), _rank(b)) < 2:
+        return unsupported("a product of something other than activations")
+    return Node("matmul", (a, b))
+
+
 def _instance_norm(module: nn.InstanceNorm2d, name: str, x: Node) -> Node:
     if module.track_running_stats:
         return unsupported(f"{name}, an InstanceNorm with running statistics")
@@ -358,21 +399,69 @@ def _instance_norm(module: nn.InstanceNorm2d, name: str, x: Node) -> Node:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of an activation along these dimensions, as a forward may ask for them."""
+    """Sizes of an activation as a forward may ask for them, and numbers computed from them.
+
+    ``items`` are :class:`Guard` expressions, in which ("size", (1, d)) is size d of ``node``: where
+    they are used, ``node`` is the second input. ``is_tuple`` tells a tuple of one from a number.
+    """
 
     node: Node
-    dims: tuple[int, ...]
+    items: tuple[Guard, ...]
+    is_tuple: bool = True
 
-    def __getitem__(self, index: Any) -> Any:
-        chosen = self.dims[index]
-        return Sizes(self.node, chosen if isinstance(chosen, tuple) else (chosen,))
+    def __getitem__(self, index: Any) -> Sizes:
+        chosen = self.items[index]
+        return Sizes(self.node, chosen) if isinstance(index, slice) else self._number(chosen)
+
+    def _number(self, item: Guard) -> Sizes:
+        return Sizes(self.node, (item,), is_tuple=False)
+
+    @staticmethod
+    def computed(sign: str, a: Any, b: Any) -> Sizes | None:
+        """``a sign b`` of numbers, of which one is a size; None where that is no one number."""
+        sizes = [item for item in (a, b) if isinstance(item, Sizes)]
+        if any(item.is_tuple or item.node is not sizes[0].node for item in sizes):
+            return None
+        a, b = (item.items[0] if isinstance(item, Sizes) else item for item in (a, b))
+        if not all(isinstance(item, (int, Guard)) for item in (a, b)):
+            return None
+        return sizes[0]._number(Guard(sign, (a, b)))
 
 
-_EVERY = (0, 1, 2, 3)
+#: Operations that do not only change activations of four dimensions, by what they do to others.
+_RANKS: dict[str, Callable[[int, Node], int]] = {
+    "stack": lambda rank, node: rank + 1,
+    "view": lambda rank, node: len(node["shape"]),
+    "flatten": lambda rank, node: rank - node["end_dim"] % rank + node["start_dim"] % rank,
+    "mean": lambda rank, node: rank if node["keepdim"] else rank - len(node["dim"]),
+    "sum": lambda rank, node: rank if node["keepdim"] else rank - len(node["dim"]),
+    "unsqueeze": lambda rank, node: rank + 1,
+    "squeeze": lambda rank, node: rank - len(node["dim"]),
+    "getitem": lambda rank, node: (
+        rank
+        - sum(isinstance(item, int) for item in node["index"])
+        + sum(item is None for item in node["index"])
+    ),
+}
+_known_ranks: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+_MAPS = ("input", "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "upsample")
 
 
-def _size(x: Node, dim: Any = None) -> Any:
-    return Sizes(x, _EVERY) if dim is None else Sizes(x, _EVERY)[dim]
+def _rank(x: Node) -> int:
+    """How many dimensions an activation has. Inputs have four: a Plan takes no others."""
+    if x.op in _MAPS:
+        return 4
+    if x.op == "unsupported":
+        raise TypeError("nobody knows its shape")
+    if x not in _known_ranks:
+        rank = max(_rank(item) for item in x.inputs)
+        _known_ranks[x] = _RANKS[x.op](rank, x) if x.op in _RANKS else rank
+    return _known_ranks[x]
+
+
+def _size(x: Node, dim: Any = None) -> Sizes:
+    every = Sizes(x, tuple(Guard("size", (1, d)) for d in range(_rank(x))))
+    return every if dim is None else every[dim]
 
 
 def _size_like(size: Any) -> Node | None:
@@ -382,8 +471,83 @@ def _size_like(size: Any) -> Node | None:
         return None
     if len({part.node for part in parts}) > 1:
         return None
-    dims = tuple(dim for part in parts for dim in part.dims)
-    return parts[0].node if dims == (2, 3) else None
+    items = tuple(item for part in parts for item in part.items)
+    return parts[0].node if items == _size(parts[0].node).items[2:4] else None
+
+
+def _view(x: Node, *shape: Any) -> Node:
+    """view and reshape: whether memory is shared is the normaliser's business."""
+    if len(shape) == 1 and isinstance(shape[0], (list, tuple, Sizes)):
+        shape = shape[0].items if isinstance(shape[0], Sizes) else tuple(shape[0])
+        if not all(isinstance(item, (int, Sizes)) for item in shape):
+            return unsupported("a view like another activation")
+    if not all(isinstance(item, int) or _is_number(item) for item in shape):
+        return unsupported("a view of a computed shape")
+    nodes = list(dict.fromkeys(item.node for item in shape if isinstance(item, Sizes)))
+    sizes = tuple(
+        _of_input(item.items[0], 1 + nodes.index(item.node)) if isinstance(item, Sizes) else item
+        for item in shape
+    )
+    return Node("view", (x, *nodes), {"shape": sizes})
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, Sizes) and not item.is_tuple
+
+
+def _of_input(item: Any, position: int) -> Any:
+    """The same number, where the activation that it is a size of is this input."""
+    if not isinstance(item, Guard):
+        return item
+    a, b = item.operands
+    if item.sign == "size":
+        return Guard("size", (position, b))
+    return Guard(item.sign, (_of_input(a, position), _of_input(b, position)))
+
+
+def _getitem(items: Any, index: Any) -> Any:
+    """An element of a list, or a part of an activation."""
+    return _part(items, index) if isinstance(items, Node) else items[index]
+
+
+def _part(x: Node, index: Any) -> Node:
+    parts = index if isinstance(index, tuple) else (index,)
+    for part in parts:
+        ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
+        if not all(end is None or end is Ellipsis or type(end) is int for end in ends):
+            return unsupported("an activation indexed by computed values")
+    rank = _rank(x)
+    if Ellipsis in parts:
+        taken = sum(part is not None and part is not Ellipsis for part in parts)
+        at = parts.index(Ellipsis)
+        parts = (*parts[:at], *(slice(None),) * (rank - taken), *parts[at + 1 :])
+    return Node("getitem", (x,), {"index": parts})
+
+
+def _slice(x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Node:
+    return _part(x, (*(slice(None),) * (dim % _rank(x)), slice(start, end, step)))
+
+
+def _select(x: Node, dim: int, index: int) -> Node:
+    return _part(x, (*(slice(None),) * (dim % _rank(x)), index))
+
+
+def _softmax(x: Node, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Node:
+    if dim is None or dtype is not None:
+        return unsupported("softmax with arguments of other kinds")
+    return Node("softmax", (x,), {"dim": dim})
+
+
+def _squeeze(x: Node, dim: Any = None) -> Node:
+    if dim is None:
+        return unsupported("squeeze() of whatever is 1")
+    return Node("squeeze", (x,), {"dim": (dim,) if isinstance(dim, int) else tuple(dim)})
+
+
+def _transpose(x: Node, dim0: int, dim1: int) -> Node:
+    dims = list(range(_rank(x)))
+    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    return Node("permute", (x,), {"dims": tuple(dims)})
 
 
 _aten = torch.ops.aten
@@ -446,20 +610,46 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _aten.permute.default: _permute,
     torch.flatten: _plain("flatten", start_dim=0, end_dim=-1),
     _aten.flatten.using_ints: _plain("flatten", start_dim=0, end_dim=-1),
-    torch.mean: _mean,
-    _aten.mean.dim: _mean,
+    torch.mean: _reduction("mean"),
+    _aten.mean.dim: _reduction("mean"),
+    torch.sum: _reduction("sum"),
+    _aten.sum.dim_IntList: _reduction("sum"),
+    torch.transpose: _transpose,
+    _aten.transpose.int: _transpose,
+    torch.reshape: _view,
+    _aten.view.default: _view,
+    _aten.reshape.default: _view,
+    F.channel_shuffle: _plain("channel_shuffle", "groups"),
+    _aten.slice.Tensor: _slice,
+    _aten.select.int: _select,
+    torch.unsqueeze: _plain("unsqueeze", "dim"),
+    _aten.unsqueeze.default: _plain("unsqueeze", "dim"),
+    torch.squeeze: _squeeze,
+    _aten.squeeze.dims: _squeeze,
+    torch.split: split,
+    _aten.split.Tensor: split,
+    _aten.split_with_sizes.default: split,
     torch.chunk: _chunk,
     _aten.chunk.default: _chunk,
     F.pad: _pad,
     _aten.pad.default: _pad,
     F.pixel_shuffle: _plain("pixel_shuffle", "upscale_factor"),
     _aten.pixel_shuffle.default: _plain("pixel_shuffle", "upscale_factor"),
-    F.softmax: _plain("softmax", "dim"),
-    torch.softmax: _plain("softmax", "dim"),
+    F.softmax: _softmax,
+    torch.softmax: lambda x, dim, dtype=None: _softmax(x, dim, dtype=dtype),
+    _aten.softmax.int: lambda x, dim, dtype=None: _softmax(x, dim, dtype=dtype),
+    _aten.contiguous.default: lambda x, memory_format=None: x,
+    _aten.channel_shuffle.default: _plain("channel_shuffle", "groups"),
     F.prelu: _plain("prelu", "weight"),
     torch.prelu: _plain("prelu", "weight"),
     F.linear: _linear,
     _aten.linear.default: _linear,
+    torch.matmul: _matmul,
+    operator.matmul: _matmul,
+    _aten.matmul.default: _matmul,
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    _aten.layer_norm.default: _layer_norm,
     F.group_norm: _group_norm,
     torch.group_norm: _group_norm,
     _aten.group_norm.default: _group_norm,
@@ -469,7 +659,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.clone: lambda x: x,
     _aten.clone.default: lambda x: x,
     getattr: lambda x, name: _size(x) if name == "shape" else unsupported(f"the attribute {name}"),
-    operator.getitem: lambda items, index: items[index],
+    operator.getitem: _getitem,
     **{
         function: _elementwise[op]
         for op in _elementwise
@@ -509,13 +699,21 @@ METHODS: dict[Any, Callable[..., Any]] = {
     "mul": _binary("mul"),
     "div": _binary("div"),
     "permute": _permute,
+    "transpose": _transpose,
+    "view": _view,
+    "reshape": _view,
+    "unsqueeze": _plain("unsqueeze", "dim"),
+    "squeeze": _squeeze,
+    "split": split,
     "flatten": _plain("flatten", start_dim=0, end_dim=-1),
-    "mean": _mean,
+    "mean": _reduction("mean"),
+    "sum": _reduction("sum"),
     "chunk": _chunk,
-    "softmax": _plain("softmax", "dim"),
+    "softmax": lambda x, dim, dtype=None: _softmax(x, dim, dtype=dtype),
+    "matmul": _matmul,
     "size": _size,
     "clone": lambda x: x,
-    "contiguous": lambda x: x,
+    "contiguous": lambda x, memory_format=None: x,
     "detach": lambda x: x,
 }
 INPLACE_METHODS: dict[Any, Callable[..., Any]] = {
@@ -523,14 +721,15 @@ INPLACE_METHODS: dict[Any, Callable[..., Any]] = {
 }
 #: Calls that return their argument's memory, whole.
 SAME_MEMORY = frozenset({"detach", F.dropout, F.dropout2d, _aten.dropout.default})
-#: Calls whose result may share memory with their argument.
+#: Operations whose result may share memory with their argument.
 VIEWS = frozenset(
     {
-        *("permute", "flatten", "chunk", "contiguous"),
-        *(torch.permute, torch.flatten, torch.chunk),
-        *(_aten.permute.default, _aten.flatten.using_ints, _aten.chunk.default),
+        *("permute", "view", "flatten", "chunk", "getitem", "unsqueeze", "squeeze"),
+        "unsupported",  # nobody knows
     }
 )
+#: Calls that return their argument, or a copy.
+MAYBE_VIEWS = frozenset({"contiguous", _aten.contiguous.default})
 
 
 def _weights_of(module: nn.Module, name: str, *attributes: str) -> list[Any]:
@@ -566,6 +765,9 @@ _MODULES: dict[type[nn.Module], Callable[[Any, str, Node], Any]] = {
         x, m.num_groups, *_weights_of(m, name, "weight", "bias"), m.eps
     ),
     nn.InstanceNorm2d: _instance_norm,
+    nn.LayerNorm: lambda m, name, x: _layer_norm(
+        x, m.normalized_shape, *_weights_of(m, name, "weight", "bias"), m.eps
+    ),
     nn.MaxPool2d: lambda m, _, x: _max_pool2d(
         x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
     ),
@@ -591,8 +793,10 @@ _MODULES: dict[type[nn.Module], Callable[[Any, str, Node], Any]] = {
     nn.GELU: lambda m, _, x: Node("gelu", (x,), {"approximate": m.approximate}),
     nn.Hardswish: lambda m, _, x: Node("hardswish", (x,)),
     nn.Hardsigmoid: lambda m, _, x: Node("hardsigmoid", (x,)),
+    nn.Softmax: lambda m, _, x: _softmax(x, m.dim),
     nn.Sigmoid: lambda m, _, x: Node("sigmoid", (x,)),
     nn.Tanh: lambda m, _, x: Node("tanh", (x,)),
+    nn.ChannelShuffle: lambda m, _, x: Node("channel_shuffle", (x,), {"groups": m.groups}),
     nn.PixelShuffle: lambda m, _, x: Node(
         "pixel_shuffle", (x,), {"upscale_factor": m.upscale_factor}
     ),

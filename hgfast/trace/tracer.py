@@ -10,7 +10,7 @@ import dis
 import inspect
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hgfast.plan import Guard
 from hgfast.trace.graph import TraceError
-from hgfast.trace.normaliser import AUGMENTED
+from hgfast.trace.normaliser import ARITHMETIC, AUGMENTED
 
 
 class _Proxy(fx.Proxy):
-    pass
+    def __len__(self) -> int:
+        count: int | None = self.tracer.count(self)  # type: ignore[attr-defined]
+        return super().__len__() if count is None else count
 
 
 def _is_asserted(frame: FrameType) -> bool:
@@ -54,13 +56,6 @@ _COMPARISONS = {
     operator.gt: ">",
     operator.ge: ">=",
 }
-_ARITHMETIC = {
-    operator.add: "+",
-    operator.sub: "-",
-    operator.mul: "*",
-    operator.mod: "%",
-    operator.floordiv: "//",
-}
 
 
 class KnownSizes:
@@ -69,9 +64,10 @@ class KnownSizes:
     Sizes are numbers, or Guards over the sizes of the inputs; None where nothing tells.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], inputs: list[fx.Node]) -> None:
-        self._modules = modules
-        self._inputs = inputs
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self._graph = graph
+        self._known: dict[fx.Node, Any] = {}  # channels
 
     def evaluate(self, value: Any) -> Any:
         if not isinstance(value, fx.Node):
@@ -88,7 +84,7 @@ class KnownSizes:
             index = value.args[1]
             return arguments[0][index] if isinstance(index, (int, slice)) else None
         function: Any = value.target
-        sign = _COMPARISONS.get(function) or _ARITHMETIC.get(function)
+        sign = _COMPARISONS.get(function) or ARITHMETIC.get(function)
         if sign is None or len(arguments) != 2:
             return None
         if all(isinstance(item, int) for item in arguments):
@@ -97,14 +93,67 @@ class KnownSizes:
             return Guard(sign, (arguments[0], arguments[1]))
         return None
 
+    def _channels_of_part(self, x: Any, index: int) -> Any:
+        """Of what chunk() or split() returned."""
+        is_chunk = isinstance(x, fx.Node) and x.target in (torch.chunk, "chunk")
+        if self.count(x) is None or _argument(x, 2, "dim") != 1:
+            return None
+        sizes, channels = _argument(x, 1, *_PARTS), self._channels(x.args[0])
+        if isinstance(sizes, (list, tuple)):
+            return sizes[index]
+        if not isinstance(channels, int) or index < 0:
+            return None
+        each = -(-channels // sizes) if is_chunk else sizes
+        return min(each, channels - index * each)
+
+    def count(self, x: fx.Node) -> int | None:
+        """How many parts there are in what chunk(), split() or a slice of sizes returned."""
+        if x.target in (torch.chunk, "chunk"):
+            chunks: int = _argument(x, 1, *_PARTS)
+            return chunks
+        if x.target in (torch.split, "split"):
+            size = _argument(x, 1, *_PARTS)
+            if isinstance(size, (list, tuple)):
+                return len(size)
+            channels = self._channels(x.args[0]) if _argument(x, 2, "dim") == 1 else None
+            return -(-channels // size) if isinstance(channels, int) else None
+        if x.target is operator.getitem and isinstance(x.args[1], slice):
+            sizes: Any = x.args[0]
+            is_sizes = sizes.target == "size" and len(sizes.args) == 1
+            is_shape = sizes.target is getattr and sizes.args[1] == "shape"
+            rank = self._rank(sizes.args[0]) if is_sizes or is_shape else None
+            return None if rank is None else len(range(rank)[x.args[1]])
+        return None
+
+    def _rank(self, x: Any) -> int | None:
+        """How many dimensions an activation has, as far as one can see."""
+        if x.op == "placeholder":
+            return 4
+        if x.op == "call_method" and x.target in ("view", "reshape"):
+            is_tuple = len(x.args) == 2 and not isinstance(x.args[1], int)
+            return None if is_tuple else len(x.args) - 1
+        if x.op == "call_module":
+            module = self._modules[str(x.target)]
+            if isinstance(module, _MAPS):
+                return 4
+            return self._rank(x.args[0]) if _keeps_channels(module) else None
+        if x.target in _CHANNELWISE:
+            ranks = {self._rank(item) for item in x.args if isinstance(item, fx.Node)}
+            return ranks.pop() if len(ranks) == 1 else None
+        return None
+
     def _size(self, x: Any, dim: Any) -> Any:
         if not isinstance(x, fx.Node) or not isinstance(dim, int):
             return None
         dim %= 4
         if x.op == "placeholder":
-            return Guard("size", (self._inputs.index(x), dim))
+            inputs = [node for node in self._graph.nodes if node.op == "placeholder"]
+            return Guard("size", (inputs.index(x), dim))
         if x.op == "call_method" and x.target == "permute" and len(x.args) == 5:
             return self._size(x.args[0], x.args[1 + dim])
+        if x.op == "call_method" and x.target in ("view", "reshape") and len(x.args) == 5:
+            size = self.evaluate(x.args[1 + dim])
+            return None if size == -1 else size
         if dim == 0:  # kept by whatever a pose network does
             return None
         return self._channels(x) if dim == 1 else None
@@ -112,8 +161,13 @@ class KnownSizes:
     def _channels(self, x: Any) -> Any:
         if not isinstance(x, fx.Node):
             return None
+        if x not in self._known:
+            self._known[x] = self._read_channels(x)
+        return self._known[x]
+
+    def _read_channels(self, x: fx.Node) -> Any:
         if x.op in ("placeholder", "get_attr") or x.target in ("permute", "view", "reshape"):
-            return self._size(x, 1) if x.op == "placeholder" or x.target == "permute" else None
+            return self._size(x, 1) if x.op != "get_attr" else None
         if x.op == "call_module":
             module = self._modules[str(x.target)]
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -126,30 +180,40 @@ class KnownSizes:
             dim = x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0)
             parts = [self._channels(item) for item in items] if dim == 1 else [None]
             return sum(parts) if all(isinstance(part, int) for part in parts) else None
+        if x.target is operator.getitem and isinstance(x.args[1], int):
+            return self._channels_of_part(x.args[0], x.args[1])
         if x.target in _CHANNELWISE:
             known = {self._channels(item) for item in x.args if isinstance(item, fx.Node)}
             return known.pop() if len(known) == 1 else None
         return None
 
 
+_PARTS = ("chunks", "split_size_or_sections", "split_size")
+_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def _argument(x: fx.Node, position: int, *names: str) -> Any:
+    if len(x.args) > position:
+        return x.args[position]
+    return next((x.kwargs[name] for name in names if name in x.kwargs), None)
+
+
 def _keeps_channels(module: nn.Module) -> bool:
     kinds = (
-        nn.ReLU,
-        nn.MaxPool2d,
-        nn.AvgPool2d,
-        nn.Upsample,
-        nn.Identity,
-        nn.Dropout,
-        nn.GroupNorm,
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Sigmoid),
+        *(nn.Hardsigmoid, nn.Hardswish, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
+        *(nn.GroupNorm, nn.InstanceNorm2d),
     )
     return isinstance(module, kinds)
 
 
 _CHANNELWISE = frozenset(
     {
-        *("relu", "relu_", "add", "add_", "contiguous"),
+        *("relu", "relu_", "sigmoid", "add", "add_", "mul", "mul_", "contiguous"),
         *(operator.add, operator.iadd, torch.add, torch.relu, F.relu, F.relu_),
-        *(F.max_pool2d, F.avg_pool2d, F.interpolate),
+        *(operator.mul, operator.imul, torch.mul, torch.sigmoid, F.sigmoid, F.hardswish),
+        *(F.max_pool2d, F.avg_pool2d, F.interpolate, F.adaptive_avg_pool2d),
     }
 )
 
@@ -171,6 +235,7 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.guards: list[Guard] = []
+        self._known: KnownSizes | None = None
         self._thread = threading.get_ident()
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -188,9 +253,19 @@ class Tracer(fx.Tracer):
             "settle it"
         )
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Of parts whose number is known; the rest is as in fx: only where it is unpacked."""
+        count = self.count(obj)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])  # type: ignore[index]
+
+    def count(self, obj: fx.Proxy) -> int | None:
+        """How many parts it has, as far as one can know while recording."""
+        return self._sizes().count(obj.node)
+
     def _sizes(self) -> KnownSizes:
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        return KnownSizes(dict(self.root.named_modules(remove_duplicate=False)), inputs)
+        if self._known is None:
+            self._known = KnownSizes(self.root, self.graph)
+        return self._known
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
