@@ -35,7 +35,7 @@ from hgfast.recognition import is_fused
 from hgfast.region import obstacle
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import Node, TraceError, graph_of, output_nodes
-from hgfast.trace.normaliser import Normaliser, _may_write
+from hgfast.trace.normaliser import Normaliser, may_write
 
 #: How many states of the weights stay packed for one graph: instances of one class share it.
 _KEPT = 4
@@ -390,7 +390,7 @@ def _is_known(node: fx.Node, normaliser: Normaliser) -> bool:
         normaliser.add_call(node)
     except TraceError:
         return False
-    values = tree_leaves(normaliser._read(node))
+    values = tree_leaves(normaliser.read(node))
     return all(isinstance(value, Node) and value.op != "unsupported" for value in values)
 
 
@@ -426,7 +426,7 @@ def _may_be_written(node: fx.Node) -> list[fx.Node]:
         names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
         mutable = any(getattr(target, name)._schema.is_mutable for name in names)
         return node.all_input_nodes if mutable else []
-    if _may_write(node):
+    if may_write(node):
         return node.all_input_nodes if "out" in node.kwargs else node.all_input_nodes[:1]
     if not any(argument is True for argument in (*node.args, *node.kwargs.values())):
         return []

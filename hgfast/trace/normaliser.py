@@ -110,19 +110,19 @@ class Normaliser:
         elif target is operator.getitem and isinstance(self._held(source), (list, Sizes)):
             self.values[source] = self._held(source)[source.args[1]]
         elif target in ARITHMETIC and self._is_of_sizes(source):
-            a, b = self._read(list(source.args))
+            a, b = self.read(list(source.args))
             sizes = Sizes.computed(ARITHMETIC[target], a, b)
             self._define(source, sizes or unsupported(f"{_describe(source)} of sizes"))
         elif target in pure and "out" not in source.kwargs:
             self._define(source, self._convert(source, pure[target]))
-        elif _may_write(source):
+        elif may_write(source):
             # Even if nobody looks at its result: what it wrote may be looked at.
             raise TraceError(f"it uses {_describe(source)}, which writes in place")
         else:
             self._define(source, unsupported(_describe(source)))
 
     def finish(self, outputs: Any) -> Graph:
-        outputs = self._read(outputs)
+        outputs = self.read(outputs)
         live: set[Node] = set()
         pending = [*self.inputs, *output_nodes(outputs)]
         while pending:
@@ -133,7 +133,7 @@ class Normaliser:
         return Graph(self.inputs, [node for node in self.nodes if node in live], outputs)
 
     def _call_module(self, source: fx.Node, module: nn.Module) -> None:
-        arguments = [self._read(argument) for argument in (*source.args, *source.kwargs.values())]
+        arguments = [self.read(argument) for argument in (*source.args, *source.kwargs.values())]
         if len(arguments) != 1 or not isinstance(arguments[0], Node):
             node: Any = unsupported(f"{source.target}, called with more than one activation")
         else:
@@ -186,10 +186,10 @@ class Normaliser:
 
     def _convert(self, source: fx.Node, convert: Callable[..., Any]) -> Any:
         try:
-            given = self._read(dict(source.kwargs))
+            given = self.read(dict(source.kwargs))
             if convert is split:
                 given["parts"] = _parts_taken(source)
-            result = convert(*self._read(list(source.args)), **given)
+            result = convert(*self.read(list(source.args)), **given)
         # Arguments that the normal form has no place for.
         except (TypeError, AttributeError, IndexError, KeyError):
             return unsupported(_describe(source))
@@ -209,7 +209,7 @@ class Normaliser:
         self.nodes.append(node)
         return node
 
-    def _read(self, argument: Any) -> Any:
+    def read(self, argument: Any) -> Any:
         """An argument with every recorded value replaced by what it stands for now."""
         if isinstance(argument, fx.Node):
             value = self.values[argument]
@@ -217,10 +217,10 @@ class Normaliser:
                 return [cell.read() for cell in value]
             return value.read() if isinstance(value, _Cell) else value
         if isinstance(argument, (list, tuple)):
-            items = [self._read(item) for item in argument]
+            items = [self.read(item) for item in argument]
             return tuple(items) if isinstance(argument, tuple) else items
         if isinstance(argument, dict):
-            return {key: self._read(item) for key, item in argument.items()}
+            return {key: self.read(item) for key, item in argument.items()}
         return argument
 
 
@@ -243,7 +243,7 @@ def _module_name(path: str) -> str:
     return ".".join(words[2:])
 
 
-def _may_write(source: fx.Node) -> bool:
+def may_write(source: fx.Node) -> bool:
     """Whether a call without normal form may change memory that others look at."""
     target: Any = source.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
