@@ -559,6 +559,7 @@ _SHAPES: dict[str, Any] = {
     "permute": _permuted,
     "flatten": _flattened,
     "matmul": _multiplied,
+    "amax": _reduced,
     "mean": _reduced,
     "sum": _reduced,
     "view": _viewed,

@@ -105,6 +105,11 @@ def context(m: Between, y: Tensor) -> Tensor:
     return y + m.norm(where.view(batch, channels, 1, 1))
 
 
+def where_to_look(m: Between, y: Tensor) -> Tensor:
+    strongest, _ = torch.max(y, dim=1, keepdim=True)
+    return y * torch.sigmoid(strongest + y.max(1, keepdim=True)[0]) + y.amax((2, 3), keepdim=True)
+
+
 def shuffle_module(m: Between, y: Tensor) -> Tensor:
     return m.shuffle(y) * F.channel_shuffle(y, 2)
 
@@ -129,6 +134,7 @@ EVERY: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "starred": (starred, 8),
     "split attention": (split_attention, 8),
     "context": (context, 8),
+    "where to look": (where_to_look, 8),
     "shuffle module": (shuffle_module, 8),
     "written view": (written_view, 8),
 }

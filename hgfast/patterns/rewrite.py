@@ -71,7 +71,7 @@ def _ones(
     if node.op in ("adaptive_avg_pool2d", "adaptive_max_pool2d") and len(node.inputs) == 1:
         size = attributes["output_size"]
         return (first - {2, 3}) | {2 + i for i, n in enumerate(size) if n == 1}
-    if node.op in ("mean", "sum"):
+    if node.op in ("amax", "mean", "sum"):
         dims = attributes["dim"]
         return first | set(dims) if attributes["keepdim"] and min(dims) >= 0 else frozenset()
     if node.op == "view":

@@ -123,6 +123,7 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "adaptive_max_pool2d": _adaptive(F.adaptive_max_pool2d),
     "add_number": lambda x, other: x + other,
     "add_weight": lambda x, other: x + other,
+    "amax": torch.amax,
     "batch_norm": _batch_norm,
     "broadcast_add": torch.add,
     "channel_shuffle": lambda x, groups: F.channel_shuffle(x, groups),

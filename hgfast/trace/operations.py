@@ -322,6 +322,13 @@ def _reduction(op: str) -> Callable[..., Node]:
     return convert
 
 
+def _max(x: Node, dim: Any = None, keepdim: bool = False) -> Any:
+    if not isinstance(dim, int):
+        return unsupported("the maximum of two values, or of everything")
+    values = Node("amax", (x,), {"dim": (dim,), "keepdim": keepdim})
+    return [values, unsupported("where the maximum is")]
+
+
 def _adaptive(op: str) -> Callable[..., Node]:
     def convert(x: Node, output_size: Any) -> Node:
         like = _size_like(output_size)
@@ -433,8 +440,10 @@ _RANKS: dict[str, Callable[[int, Node], int]] = {
     "stack": lambda rank, node: rank + 1,
     "view": lambda rank, node: len(node["shape"]),
     "flatten": lambda rank, node: rank - node["end_dim"] % rank + node["start_dim"] % rank,
-    "mean": lambda rank, node: rank if node["keepdim"] else rank - len(node["dim"]),
-    "sum": lambda rank, node: rank if node["keepdim"] else rank - len(node["dim"]),
+    **dict.fromkeys(
+        ("amax", "mean", "sum"),
+        lambda rank, node: rank if node["keepdim"] else rank - len(node["dim"]),
+    ),
     "unsqueeze": lambda rank, node: rank + 1,
     "squeeze": lambda rank, node: rank - len(node["dim"]),
     "getitem": lambda rank, node: (
@@ -613,6 +622,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.mean: _reduction("mean"),
     _aten.mean.dim: _reduction("mean"),
     torch.sum: _reduction("sum"),
+    torch.amax: _reduction("amax"),
+    _aten.amax.default: _reduction("amax"),
+    torch.max: _max,
+    _aten.max.dim: _max,
     _aten.sum.dim_IntList: _reduction("sum"),
     torch.transpose: _transpose,
     _aten.transpose.int: _transpose,
@@ -708,6 +721,8 @@ METHODS: dict[Any, Callable[..., Any]] = {
     "flatten": _plain("flatten", start_dim=0, end_dim=-1),
     "mean": _reduction("mean"),
     "sum": _reduction("sum"),
+    "amax": _reduction("amax"),
+    "max": _max,
     "chunk": _chunk,
     "softmax": lambda x, dim, dtype=None: _softmax(x, dim, dtype=dtype),
     "matmul": _matmul,
