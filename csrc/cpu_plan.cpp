@@ -4,7 +4,6 @@
 #include <new>
 #include <utility>
 
-#include "cpu_copy.h"
 #include "cpu_team.h"
 
 namespace hgfast {
@@ -24,6 +23,14 @@ alignas(kAlignment) char some_map[kAlignment];
 
 bool aligned_pointer(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
+}
+
+cpu::Strides nhwc(const Shape& s) {
+  return {s.height * s.width * s.channels, 1, s.width * s.channels, s.channels};
+}
+
+cpu::Strides nchw(const Shape& s) {
+  return {s.channels * s.height * s.width, s.height * s.width, s.width, 1};
 }
 
 // Where the user keeps (batch, channels, height, width) with the columns innermost.
@@ -371,13 +378,16 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
   std::vector<Shape> shapes(values, Shape{0, 0, 0, 0});
   auto& launches = layout->launches;
 
-  const auto add_copy = [&](Slot from, Slot to, const MapCopy& copy) {
-    Launch launch;
-    launch.result = copy.shape;
-    launch.work = {copy.shape.count() > 0 ? copy_tasks(copy) : 0, 0};
-    launch.run = [copy, from, to](Slots slots, int64_t begin, int64_t end, void*) {
-      copy_map(copy, slots[from], slots[to], begin, end);
-    };
+  const auto add_copy = [&](Slot from, cpu::Element from_element, const cpu::Strides& from_strides,
+                            Slot to, cpu::Element to_element, const cpu::Strides& to_strides,
+                            const Shape& s) {
+    const cpu::RelayoutParams params{from_element, to_element,   s.batch,    s.channels, s.height,
+                                     s.width,      from_strides, to_strides, nullptr,    nullptr};
+    Launch launch = make_launch<Launch>(s, params, layout->threads, kernels_.plan_relayout,
+                                        kernels_.relayout, [from, to](auto& p, void* const* slots) {
+                                          p.x = slots[from];
+                                          p.y = slots[to];
+                                        });
     launch.reads = {from};
     launch.write = to;
     launches.push_back(std::move(launch));
@@ -393,12 +403,9 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     });
     if (layout->direct.back() || !used) continue;
     const auto strides = input.strides();
-    add_copy(values + static_cast<Slot>(i), slot,
-             {shapes[slot],
-              element_of(input),
-              element_,
-              {strides[0], strides[1], strides[2], strides[3]},
-              nhwc(shapes[slot])});
+    add_copy(values + static_cast<Slot>(i), element_of(input),
+             {strides[0], strides[1], strides[2], strides[3]}, slot, element_, nhwc(shapes[slot]),
+             shapes[slot]);
   }
 
   const at::Tensor& first = inputs.front();
@@ -419,8 +426,8 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     // An output leaves as soon as it is there, while it is in the cache.
     const int64_t index = export_of(step.write);
     if (index >= 0 && (to_nchw || to != element_))
-      add_copy(step.write, values + static_cast<Slot>(inputs.size()) + index,
-               {shape, element_, to, nhwc(shape), to_nchw ? nchw(shape) : nhwc(shape)});
+      add_copy(step.write, element_, nhwc(shape), values + static_cast<Slot>(inputs.size()) + index,
+               to, to_nchw ? nchw(shape) : nhwc(shape), shape);
   }
   for (const Slot slot : distinct_outputs_)
     layout->outputs.push_back(

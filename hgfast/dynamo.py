@@ -31,7 +31,7 @@ from hgfast.compiling import is_capturing
 from hgfast.optimization import PRECISIONS
 from hgfast.patterns import read_plan
 from hgfast.plan import Plan, UpsampleAdd, fill_outputs, output_values
-from hgfast.recognition import is_fused
+from hgfast.recognition import is_fused, is_worth_it
 from hgfast.region import obstacle
 from hgfast.runtime.choice import Executor, choose
 from hgfast.trace import Node, TraceError, graph_of, output_nodes
@@ -254,7 +254,7 @@ class _Compiled:
             plan = read_plan(graph, {name: tuple(w.shape) for name, w in weights.items()})
         except (TraceError, ValueError) as error:
             return str(error)
-        return plan if any(map(is_fused, plan.steps)) else "it has no block that could be fused"
+        return plan if is_worth_it(plan) else "it has no block that could be fused"
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,20 @@ def check_the_rest(dtype: torch.dtype) -> None:
     ran("upsample_add")
 
 
+def check_relayout(dtype: torch.dtype) -> None:
+    """Into a plan and out of it again: the sum of a map with itself, bit for bit."""
+    shapes = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 16, 4, 8), (2, 37, 3, 33), (1, 64, 1, 70)]
+    for shape in shapes:
+        for inside in (torch.float32, torch.bfloat16):
+            for layout in LAYOUTS:
+                x = random_map(*shape, dtype=dtype, layout=layout)
+                expected = (x.to(inside) + x.to(inside)).to(dtype)
+                inputs = [x, *(walled(x) if layout != "sliced" and sys.platform == "linux" else [])]
+                for each in inputs:
+                    y = run_step(inside, [each], lambda plan, y: plan.add(0, 0, y))
+                    assert torch.equal(y, expected), f"{shape}, {layout}, {dtype} in {inside}"
+
+
 def check_decode(dtype: torch.dtype) -> None:
     flips = {"joints": list(range(19))[::-1], "shift": True}
     for layout in decode_checks.LAYOUTS:
@@ -201,6 +215,7 @@ def main() -> None:
         check_bottleneck(dtype)
         check_conv(dtype)
         check_the_rest(dtype)
+        check_relayout(dtype)
     for dtype in decode_checks.DTYPES:
         check_decode(dtype)
         if sys.platform == "linux":

@@ -13,6 +13,7 @@ from hgfast.plan import Bottleneck, Plan, output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime import reference
 from hgfast.runtime.folding import fold
+from hgfast.trace import TraceError
 
 
 def check_against_eager(model: nn.Module, *inputs: Tensor) -> Plan:
@@ -167,6 +168,31 @@ def test_a_broadcasting_sum_is_no_identity_shortcut() -> None:
     assert "bottleneck" not in kinds(plan)
     with pytest.raises(ValueError, match="different shapes"):  # so that eager does it
         plan.shapes((1, 1, 4, 4))
+
+
+class GroupNormed(nn.Module):
+    """A bottleneck whose norms need the whole map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(4, n) for n in (16, 8, 8))
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 1)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(torch.relu(norm(y)))
+        return y + x
+
+
+def test_one_sum_among_operations_of_pytorch_is_not_worth_a_region() -> None:
+    with pytest.raises(TraceError, match="no block that could be fused"):
+        recognise(GroupNormed())
+    joined = nn.Sequential(GroupNormed(), nn.Conv2d(16, 4, 1), nn.ReLU())
+    convs = [kind for kind in kinds(recognise(joined)) if kind.startswith("conv")]
+    assert len(convs) == 4, "with a ReLU to take along it is"
 
 
 def test_norms_and_convolutions_without_weights_of_their_own() -> None:

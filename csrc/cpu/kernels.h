@@ -117,6 +117,19 @@ struct ConcatParams {
   void* y;               // (pixels, sum of the channels)
 };
 
+struct Strides {
+  int64_t batch, channels, height, width;  // in elements
+};
+
+// y = x in another layout, another element type, or both.
+struct RelayoutParams {
+  Element x_element, y_element;
+  int64_t batch, channels, height, width;
+  Strides from, to;
+  const void* x;
+  void* y;
+};
+
 // y = a + b, elementwise over `count` elements; then relu if relu.
 struct AddParams {
   Element element;
@@ -194,6 +207,8 @@ struct Kernels {
   void (*concat)(const ConcatParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_add)(const AddParams&, int threads);
   void (*add)(const AddParams&, int threads, int64_t begin, int64_t end, void* scratch);
+  Work (*plan_relayout)(const RelayoutParams&, int threads);
+  void (*relayout)(const RelayoutParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_decode)(const DecodeParams&, int threads);
   void (*decode)(const DecodeParams&, int threads, int64_t begin, int64_t end, void* scratch);
 };

@@ -26,6 +26,8 @@ const Kernels table = {
     .concat = concat,
     .plan_add = plan_add,
     .add = add,
+    .plan_relayout = plan_relayout,
+    .relayout = relayout,
     .plan_decode = plan_decode,
     .decode = decode,
 };

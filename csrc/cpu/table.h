@@ -20,6 +20,7 @@ HGFAST_KERNEL(upsample_add, UpsampleAddParams);
 HGFAST_KERNEL(pool, PoolParams);
 HGFAST_KERNEL(concat, ConcatParams);
 HGFAST_KERNEL(add, AddParams);
+HGFAST_KERNEL(relayout, RelayoutParams);
 HGFAST_KERNEL(decode, DecodeParams);
 #undef HGFAST_KERNEL
 
