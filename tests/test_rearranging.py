@@ -69,6 +69,11 @@ def counted(m: Between, y: Tensor) -> Tensor:
     return torch.cat([parts[i] for i in reversed(range(len(parts)))], 1)
 
 
+def fewer_than_asked(m: Between, y: Tensor) -> Tensor:
+    parts = y[:, :6].chunk(4, dim=1)  # three of two channels
+    return torch.cat([*(part + i for i, part in enumerate(parts)), y[:, 6:]], 1)
+
+
 def slices(m: Between, y: Tensor) -> Tensor:
     return y[:, 2:6] + y[:, -4:]
 
@@ -127,6 +132,7 @@ EVERY: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "in a loop": (in_a_loop, 8),
     "unequal": (unequal, 8),
     "counted": (counted, 8),
+    "fewer than asked": (fewer_than_asked, 8),
     "slices": (slices, 4),
     "focus": (focus, 16),
     "one channel": (one_channel, 8),

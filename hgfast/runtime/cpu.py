@@ -174,7 +174,7 @@ class _Torch:
         )
         try:
             return {self._step.output: self._run(*inputs)}
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise ValueError(f"{self._step.name or self._step.title}: {error}") from error
 
 

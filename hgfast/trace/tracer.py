@@ -106,17 +106,27 @@ class KnownSizes:
         each = -(-channels // sizes) if is_chunk else sizes
         return min(each, channels - index * each)
 
+    def _channels_of_slice(self, x: Any, index: tuple[Any, ...]) -> Any:
+        channels = self._channels(x)
+        if len(index) < 2 or not all(isinstance(item, slice) for item in index):
+            return None
+        ends = index[1].start, index[1].stop, index[1].step
+        if not isinstance(channels, int) or any(isinstance(end, fx.Node) for end in ends):
+            return None
+        return len(range(channels)[index[1]])
+
     def count(self, x: fx.Node) -> int | None:
         """How many parts there are in what chunk(), split() or a slice of sizes returned."""
-        if x.target in (torch.chunk, "chunk"):
-            chunks: int = _argument(x, 1, *_PARTS)
-            return chunks
-        if x.target in (torch.split, "split"):
-            size = _argument(x, 1, *_PARTS)
-            if isinstance(size, (list, tuple)):
-                return len(size)
+        is_chunk = x.target in (torch.chunk, "chunk")
+        if is_chunk or x.target in (torch.split, "split"):
+            sizes = _argument(x, 1, *_PARTS)
+            if isinstance(sizes, (list, tuple)):
+                return len(sizes)
             channels = self._channels(x.args[0]) if _argument(x, 2, "dim") == 1 else None
-            return -(-channels // size) if isinstance(channels, int) else None
+            if not isinstance(channels, int) or not isinstance(sizes, int):
+                return None
+            each = -(-channels // sizes) if is_chunk else sizes
+            return -(-channels // each)
         if x.target is operator.getitem and isinstance(x.args[1], slice):
             sizes: Any = x.args[0]
             is_sizes = sizes.target == "size" and len(sizes.args) == 1
@@ -182,6 +192,8 @@ class KnownSizes:
             return sum(parts) if all(isinstance(part, int) for part in parts) else None
         if x.target is operator.getitem and isinstance(x.args[1], int):
             return self._channels_of_part(x.args[0], x.args[1])
+        if x.target is operator.getitem and isinstance(x.args[1], tuple):
+            return self._channels_of_slice(x.args[0], x.args[1])
         if x.target in _CHANNELWISE:
             known = {self._channels(item) for item in x.args if isinstance(item, fx.Node)}
             return known.pop() if len(known) == 1 else None
