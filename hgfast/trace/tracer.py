@@ -128,10 +128,10 @@ class KnownSizes:
             each = -(-channels // sizes) if is_chunk else sizes
             return -(-channels // each)
         if x.target is operator.getitem and isinstance(x.args[1], slice):
-            sizes: Any = x.args[0]
-            is_sizes = sizes.target == "size" and len(sizes.args) == 1
-            is_shape = sizes.target is getattr and sizes.args[1] == "shape"
-            rank = self._rank(sizes.args[0]) if is_sizes or is_shape else None
+            whole: Any = x.args[0]
+            is_sizes = whole.target == "size" and len(whole.args) == 1
+            is_shape = whole.target is getattr and whole.args[1] == "shape"
+            rank = self._rank(whole.args[0]) if is_sizes or is_shape else None
             return None if rank is None else len(range(rank)[x.args[1]])
         return None
 
