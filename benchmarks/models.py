@@ -194,11 +194,11 @@ def _rivals(
         return rivals, {}
     from torch._inductor import config
 
-    config.freezing = True  # its fastest setting
     start = time.perf_counter()
     run = partial(torch.compile(last), y)
     try:
-        run()
+        with config.patch(freezing=True):  # its fastest setting
+            run()
     except Exception as error:
         return rivals, {"compile_fault": f"{type(error).__name__}: {error}".splitlines()[0]}
     rivals[COMPILE] = _without_gradients(run)

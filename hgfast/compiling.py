@@ -173,7 +173,7 @@ def is_capturing() -> bool:
 # --- packed Plans, kept as long as their weights -----------------------------------------------
 
 _Key = tuple[Any, ...]
-_State = tuple[list[int], list[int]]
+_State = tuple[Any, ...]
 
 
 class _Packed:
@@ -251,8 +251,8 @@ class _Packs:
         by their values, the others as ever."""
         small = [tensor.tolist() if _is_small(tensor) else None for tensor in weights]
         large = [tensor for tensor, value in zip(weights, small, strict=True) if value is None]
-        other_key = (*plan, *map(str, small), *_identities(large))
-        other_state = _state_of(large)
+        other_key = (*plan, "by value", *_identities(large))
+        other_state = (*_state_of(large), str(small))
         found = self._find(other_key, other_state) if len(large) < len(weights) else None
         if found is None:
             text, precision, as_computed = plan

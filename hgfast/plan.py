@@ -389,12 +389,13 @@ class Plain(Step):
     """One of PyTorch's own operations, which no kernel here makes faster.
 
     ``op`` names it as the reference executor knows it. ``arguments`` are its keywords,
-    ``parameters`` those of them that are weights, by qualified name.
+    ``parameters`` those of them that are weights, by qualified name, ``sizes`` their shapes.
     """
 
     op: str = ""
     arguments: tuple[tuple[str, Any], ...] = ()
     parameters: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[tuple[str, Shape], ...] = ()
 
     kind: ClassVar[str] = "plain"
 
@@ -424,6 +425,17 @@ def _same(step: Plain, *inputs: Shape) -> Shape:
             )
         result.append(wide[0] if wide else 1)
     return tuple(result)
+
+
+def _with_weight(step: Plain, x: Shape) -> Shape:
+    return _same(step, x, dict(step.sizes)["other"])
+
+
+def _mapped(step: Plain, x: Shape) -> Shape:
+    out, into = dict(step.sizes)["weight"]
+    if x[-1] != into:
+        raise ValueError(f"{step.name or step.op} maps {into} features, got {tuple(x)}")
+    return (*x[:-1], out)
 
 
 def _upsampled(step: Plain, x: Shape, *like: Shape) -> Shape:
@@ -502,6 +514,18 @@ def _shuffled(step: Plain, x: Shape) -> Shape:
     return x[0], x[1] // factor**2, x[2] * factor, x[3] * factor
 
 
+def _split(step: Plain, x: Shape) -> Shape:
+    arguments = dict(step.arguments)
+    dim, sizes, index = arguments["dim"] % len(x), arguments["sizes"], arguments["index"]
+    if isinstance(sizes, int):
+        size = min(sizes, x[dim] - sizes * index)
+    else:
+        size = sizes[index] if sum(sizes) == x[dim] else 0
+    if size < 1:
+        raise ValueError(f"{step.name or step.op} cannot split {tuple(x)} along {dim} by {sizes}")
+    return (*x[:dim], size, *x[dim + 1 :])
+
+
 def _viewed(step: Plain, *inputs: Shape) -> Shape:
     wanted = [
         n.value(*inputs) if isinstance(n, Guard) else n for n in dict(step.arguments)["shape"]
@@ -551,6 +575,9 @@ def _unsqueezed(step: Plain, x: Shape) -> Shape:
 
 #: Shape rules of the plain operations that are not elementwise.
 _SHAPES: dict[str, Any] = {
+    "add_weight": _with_weight,
+    "mul_weight": _with_weight,
+    "linear": _mapped,
     "upsample": _upsampled,
     "adaptive_avg_pool2d": _adaptive,
     "adaptive_max_pool2d": _adaptive,
@@ -564,6 +591,7 @@ _SHAPES: dict[str, Any] = {
     "sum": _reduced,
     "view": _viewed,
     "getitem": _indexed,
+    "split": _split,
     "squeeze": _squeezed,
     "unsqueeze": _unsqueezed,
     "chunk": _chunked,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import _disable_current_modes
@@ -159,6 +160,7 @@ class Region(Forward):
         self._lock = threading.RLock()
         self._state: _State | None = None
         self._is_current = True  # whether the plan is known to be that of the module
+        self._shapes: dict[str, torch.Size] = {}  # of the weights that it was read with
         self._generation = "0"  # counts plans; a string, so that torch.compile guards it as it is
         self._dtypes: dict[tuple[Any, ...], list[torch.dtype]] = {}  # of outputs under autocast
 
@@ -189,12 +191,14 @@ class Region(Forward):
     def pack(self) -> _State:
         """Derive everything from the weights as they are now."""
         with self._lock:
-            if not self._is_current:
+            weights = tensors_of(self.module)
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            if not self._is_current or (self._shapes or shapes) != shapes:
                 return self.recognise()
+            self._shapes = shapes
             native = _native.load()
             decodes = self.decoding is not None
             plan = self.plan.last_output() if decodes else self.plan
-            weights = tensors_of(self.module)
             used = {name: weights[name] for name in plan.weights}
             # The snapshot comes first: what changes while packing is noticed at the next call.
             watch = native.Watch(_watched(self.module)) if native else None
@@ -232,7 +236,7 @@ class Region(Forward):
         if plan != self.plan:
             self._generation = str(int(self._generation) + 1)
             self._dtypes = {}
-        self.plan, self._is_current = plan, True
+        self.plan, self._is_current, self._shapes = plan, True, {}
 
     @property
     def backend(self) -> str:
@@ -345,9 +349,12 @@ class Region(Forward):
             return self.eager(*args, **kwargs)
         reason, modules = self._read_modules()
         inputs = list(args)
-        for name in self._parameter_names().split()[len(args) :]:
-            if name in kwargs:
-                inputs.append(kwargs[name])
+        for name in self._parameter_names().split()[len(args) : len(args) + len(kwargs)]:
+            if name not in kwargs:  # another argument, or none: eager knows what to say
+                return self.eager(*args, **kwargs)
+            inputs.append(kwargs[name])
+        if len(inputs) != len(args) + len(kwargs):
+            return self.eager(*args, **kwargs)
         weights: list[Tensor] = []
         if not reason:
             for line in self._places_of_weights().split("\n"):
@@ -383,10 +390,14 @@ class Region(Forward):
     def _read_modules(self) -> tuple[str, list[nn.Module]]:
         """Why eager must run, or "", and every module of the region."""
         reason = ""
+        if len(_module._global_forward_hooks) or len(_module._global_forward_pre_hooks):
+            reason = _EAGER_FINDINGS["hook"]
         modules: list[nn.Module] = []
         # torch.export follows Python only if it is strict. Else it runs it, and the attributes of
         # a module that is shared are proxies of modules.
-        every = [] if torch.compiler.is_dynamo_compiling() else list(self.module.modules())
+        every: list[nn.Module] = []
+        if not torch.compiler.is_dynamo_compiling():
+            every = [m for _, m in self.module.named_modules(remove_duplicate=False)]
         for line in self._places_of_modules().split("\n"):
             parent, name, identity, children, modal = line.split("\t")
             module: Any = every[len(modules)] if every else self.module
@@ -395,7 +406,8 @@ class Region(Forward):
             modules.append(module)
             if id(module) != int(identity):
                 return _EAGER_FINDINGS["structure"], modules
-            if len(module._modules) != int(children):
+            held = [*module._modules.values(), *module._parameters.values()]
+            if ",".join([str(int(item is not None)) for item in held]) != children:
                 return _EAGER_FINDINGS["structure"], modules
             if modules[1:] and module.forward is None:  # read for its guard alone
                 return _EAGER_FINDINGS["structure"], modules
@@ -471,23 +483,27 @@ class Region(Forward):
 
     @_constant
     def _places_of_modules(self) -> str:
-        """A line for each module, parents first: whose child, by which name, its id, how many
-        children it has, and whether training changes what it does."""
+        """A line for each module under each of its names, parents first: whose child, by which
+        name, its id, which of its children and weights are there, and whether training changes
+        what it does."""
         indices: dict[str, int] = {}
         lines: list[str] = []
         modal = {id(module) for module, is_modal, _ in _watched(self.module) if is_modal}
-        for path, module in self.module.named_modules():
+        for path, module in self.module.named_modules(remove_duplicate=False):
             parent, _, name = path.rpartition(".")
             indices[path] = len(lines)
             kind = "modal" if id(module) in modal else "plain"
             owner = indices[parent] if path else 0
-            lines.append(f"{owner}\t{name}\t{id(module)}\t{len(module._modules)}\t{kind}")
+            held = [*module._modules.values(), *module._parameters.values()]
+            children = ",".join(str(int(item is not None)) for item in held)
+            lines.append(f"{owner}\t{name}\t{id(module)}\t{children}\t{kind}")
         return "\n".join(lines)
 
     @_constant
     def _places_of_weights(self) -> str:
         """A line for each of the operator's weights: the number of its module, its name there."""
-        numbers = {id(module): number for number, module in enumerate(self.module.modules())}
+        modules = self.module.named_modules(remove_duplicate=False)
+        numbers = {id(module): number for number, (_, module) in enumerate(modules)}
         owners = dict(self.module.named_modules(remove_duplicate=False))
         lines = []
         for weight in compiling.watched_weights(self._recorded_plan(), tensors_of(self.module)):

@@ -528,3 +528,23 @@ def test_from_several_threads(runs: list[CpuExecutor]) -> None:
     assert len(results) == 15
     for result in results:
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [F.relu, F.relu6])
+def test_in_place_by_position(function: Any) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            function(y, True)
+            return F.relu(self.second(y)) + y
+
+    torch.manual_seed(0)
+    model = Writes().eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", HgfastWarning)
+        check(torch.compile(model, backend="hgfast"), copy.deepcopy(model), x)

@@ -298,6 +298,116 @@ def test_one_graph_for_all_sizes_of_plain_operations() -> None:
     assert graphs.plans == [1]
 
 
+class Shares(nn.Module):
+    """One activation under two names, and a place for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1, bias=False)
+        self.act1 = self.act2 = nn.ReLU()
+        self.extra: nn.Module | None = None
+        self.block = PreactBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act2(self.conv(self.act1(self.block(x))))
+        return x if self.extra is None else self.extra(x)
+
+
+def _second_name(fast: Any) -> None:
+    fast.act2 = nn.Sigmoid()
+
+
+def _child_for_none(fast: Any) -> None:
+    fast.extra = nn.Sigmoid()
+
+
+def _bias_for_none(fast: Any) -> None:
+    fast.conv.bias = nn.Parameter(torch.ones(16), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [_second_name, _child_for_none, _bias_for_none])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_takes_the_place_of_nothing_is_noticed(
+    change: Callable[[Any], None], compiled: bool
+) -> None:
+    model = randomise(Shares()).eval().requires_grad_(False)
+    fast = hgfast.optimize(model)
+    called = torch.compile(fast, backend="eager") if compiled else fast
+    x = torch.randn(1, 16, 6, 6)
+    assert_close(run(called, x), run(model, x))
+    change(model)
+    change(fast)
+    assert_close(run(called, x), run(model, x))
+
+
+def test_a_bias_that_goes_is_noticed() -> None:
+    model = randomise(Shares()).eval()
+    model.conv.bias = nn.Parameter(torch.ones(16))
+    fast, x = hgfast.optimize(model), torch.randn(1, 16, 6, 6)
+    assert_close(run(fast, x), run(model, x))
+    model.conv.bias = fast.conv.bias = None
+    assert_close(run(fast, x), run(model, x))
+
+
+def test_global_hooks_are_seen() -> None:
+    model = randomise(PreactBlock()).eval().requires_grad_(False)
+    compiled, x = torch.compile(hgfast.optimize(model), backend="eager"), torch.randn(1, 16, 6, 6)
+    expected = torch.compile(model, backend="eager")  # which is a module, and hooked, too
+    before = run(compiled, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hgfast.HgfastWarning)  # eager runs, and says so
+        handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: y + 1)
+        try:
+            assert_close(run(compiled, x), run(expected, x))
+        finally:
+            handle.remove()
+    assert_close(run(compiled, x), before)
+
+
+def test_wrong_keywords_are_errors_in_a_graph_too() -> None:
+    fast = hgfast.optimize(randomise(PreactBlock()).eval().requires_grad_(False))
+    for call in (fast, torch.compile(fast, backend="eager")):
+        with pytest.raises(Exception, match="typo"):
+            call(x=torch.randn(1, 16, 6, 6), typo=1)
+
+
+class Classifies(nn.Module):
+    """A linear layer, and a weight that broadcasts: shapes that only weights tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.map = PreactBlock(), nn.Linear(16, 5)
+        self.scale = nn.Parameter(torch.randn(7, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x)
+        return self.map(y.mean((2, 3))), y[:1] * self.scale
+
+
+def test_shapes_in_a_graph_are_those_of_the_results() -> None:
+    model = randomise(Classifies()).eval().requires_grad_(False)
+    fast = hgfast.optimize(model)
+    program = torch.export.export(fast, (torch.randn(2, 16, 6, 6),))
+    (call,) = (n for n in program.graph.nodes if "run_plan" in str(n.target))
+    assert [tuple(t.shape) for t in call.meta["val"]] == [(2, 5), (7, 16, 6, 6)]
+    x = torch.randn(2, 16, 6, 6)
+    assert_close(run(program.module(), x), run(model, x))
+
+
+def test_packs_do_not_pile_up() -> None:
+    fast = hgfast.optimize(network().requires_grad_(False))
+    weights, text = operands(fast)
+    gc.collect()
+    before = len(compiling.packs)
+    for _ in range(5):
+        with torch.no_grad():
+            for weight in weights:
+                if weight.is_floating_point():
+                    weight.mul_(1.1)
+        torch.ops.hgfast.run_plan([image()], weights, text, "highest")
+    assert len(compiling.packs) <= before + 2
+
+
 def test_regions_inside_a_network() -> None:
     model = randomise(Foreign()).eval()
     graphs = Recorded()

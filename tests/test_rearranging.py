@@ -207,6 +207,97 @@ def test_what_it_may_mean_is_not_guessed(name: str) -> None:
         trace(Between(what))
 
 
+class Returns(nn.Module):
+    def __init__(self, what: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.what = what
+
+    def forward(self, x: Tensor) -> Any:
+        return self.what(x, F.relu(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (lambda x, y: (y, y[:, :2]), "views of one another"),
+        (lambda x, y: (y, y.clone()), "copies of one activation"),
+        (lambda x, y: (y, x.clone()), "of its input"),
+        (lambda x, y: (y, x.chunk(3, 1)[1]), "of its input"),
+    ],
+)
+def test_outputs_that_share_memory_are_refused(what: Any, why: str) -> None:
+    """Whoever writes into one of them, as a parent's forward may, would see the difference."""
+    with pytest.raises(TraceError, match=why):
+        trace(Returns(what))
+
+
+def test_outputs_that_share_none_are_not() -> None:
+    assert len(trace(Returns(lambda x, y: y.chunk(2, 1))).outputs) == 2
+    assert len(trace(Returns(lambda x, y: (x, y, y))).outputs) == 3
+
+
+class Buffered(nn.Module):
+    def __init__(self, write: Callable[[Buffered, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("seen", torch.zeros(4))
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x))
+        self.write(self, y)
+        return y
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m, y: m.seen.view(-1).add_(1),
+        lambda m, y: m.seen[0].add_(1),
+        lambda m, y: setattr(y, "data", y.data + 1),
+    ],
+)
+def test_writes_by_detours_are_refused(write: Any) -> None:
+    with pytest.raises(TraceError):
+        trace(Buffered(write))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda y: y + F.avg_pool2d(y, y.size()[2:]),
+        lambda y: y.sum(y.dim() - 1, keepdim=True) + y.shape[y.ndim - 1],
+        lambda y: F.layer_norm(y, y.size()[1:]),
+        lambda y: y.view(y.size(0), -1).view(2, 2, 2).size(1) * y,
+    ],
+)
+def test_what_is_not_understood_is_refused_in_words(ask: Any) -> None:
+    with pytest.raises(TraceError):
+        trace(Returns(lambda x, y: ask(y)))
+
+
+def tokens(m: Between, y: Tensor) -> Tensor:
+    t = y.flatten(2)
+    return (torch.cat([t, t], 1) + torch.cat([t, t], -2))[:, :CHANNELS].view(y.size())
+
+
+def five(m: Between, y: Tensor) -> Tensor:
+    z = y.view(y.size(0), 2, 4, *y.shape[2:])
+    return torch.cat([z, z], -3).sum(1)
+
+
+@pytest.mark.parametrize("what", [tokens, five])
+def test_sums_and_concatenations_of_what_are_no_maps(what: Any) -> None:
+    model, x = randomise(Between(what)).eval(), torch.randn(2, 3, 8, 6)
+    plan = read_plan(trace(model), {n: tuple(t.shape) for n, t in tensors_of(model).items()})
+    assert not {step.kind for step in plan.steps} & {"add", "concat"}
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            values_of(plan, model, x)[plan.outputs], model(x).double(), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_a_written_view_of_the_input_is_refused() -> None:
     class Changes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

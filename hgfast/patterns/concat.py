@@ -10,7 +10,7 @@ from functools import partial
 
 from hgfast.patterns.match import Draft, Reader
 from hgfast.plan import Concat
-from hgfast.trace import Node
+from hgfast.trace import Node, is_map
 
 
 def match(reader: Reader, node: Node) -> Draft | None:
@@ -26,4 +26,4 @@ def match(reader: Reader, node: Node) -> Draft | None:
 
 
 def _is_concat(node: Node) -> bool:
-    return node.op == "concat" and node["dim"] in (1, -3)
+    return node.op == "concat" and node["dim"] in (1, -3) and is_map(node)

@@ -30,6 +30,10 @@ class Reader:
         self._container = graph.outputs
         self._shapes = shapes
 
+    def shape_of(self, weight: str) -> tuple[int, ...]:
+        """The shape of a weight, by qualified name."""
+        return self._shapes.get(weight, ())
+
     def only_use(self, node: Node) -> bool:
         """Whether a step may swallow this value: nobody else looks at it."""
         return self.users[node] == 1

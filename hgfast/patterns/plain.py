@@ -37,5 +37,6 @@ def match(reader: Reader, node: Node) -> Draft | None:
         op=node.op,
         arguments=tuple((k, v) for k, v in arguments.items() if k not in weights),
         parameters=tuple(weights.items()),
+        sizes=tuple((k, reader.shape_of(name)) for k, name in weights.items()),
     )
     return Draft(node.inputs, step)

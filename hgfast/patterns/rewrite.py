@@ -4,13 +4,13 @@ Upsampling computes each pixel as a weighted mean of others (the weights add up 
 maps every pixel alike by an affine map can be done before it, on fewer pixels: a BatchNorm, and a
 1x1 convolution. CPN's ``upsample - 1x1 - BatchNorm`` then costs a quarter.
 
-A sum that spreads one operand over the other (attention over channels or pixels) is an operation of
-another name, ``broadcast_add``, so that no pattern takes it for a shortcut.
+A sum that spreads one operand over the other (attention over channels or pixels), or of values that
+are no maps, gets another name, ``broadcast_add``, so that no pattern takes it for a shortcut.
 """
 
 from __future__ import annotations
 
-from hgfast.trace import Graph, Node
+from hgfast.trace import Graph, Node, is_map
 
 
 def rewrite(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Graph:
@@ -40,11 +40,9 @@ def rewrite(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Graph:
             node = Node("upsample", (mapped, *above.inputs[1:]), above.attributes, above.module)
             nodes.remove(above)
             nodes.append(mapped)
-            users[node] = users[old]
             ones[mapped] = _ones(mapped, ones, shapes)
-        if node.op == "add" and ones[node.inputs[0]] != ones[node.inputs[1]]:
+        if node.op == "add" and not _adds_maps(node, ones):
             node = Node("broadcast_add", inputs, {}, node.module)
-            users[node] = users[old]
         ones[node] = _ones(node, ones, shapes)
         nodes.append(node)
         if node is not old:
@@ -54,6 +52,11 @@ def rewrite(graph: Graph, shapes: dict[str, tuple[int, ...]]) -> Graph:
     return Graph(
         graph.inputs, nodes, _with(graph.outputs, replaced), graph.input_shapes, graph.guards
     )
+
+
+def _adds_maps(node: Node, ones: dict[Node, frozenset[int]]) -> bool:
+    one, other = node.inputs
+    return ones[one] == ones[other] and is_map(one) and is_map(other)
 
 
 def _ones(
@@ -73,7 +76,8 @@ def _ones(
         return (first - {2, 3}) | {2 + i for i, n in enumerate(size) if n == 1}
     if node.op in ("amax", "mean", "sum"):
         dims = attributes["dim"]
-        return first | set(dims) if attributes["keepdim"] and min(dims) >= 0 else frozenset()
+        known_dims = bool(dims) and min(dims) >= 0
+        return first | set(dims) if attributes["keepdim"] and known_dims else frozenset()
     if node.op == "view":
         return frozenset(i for i, n in enumerate(attributes["shape"]) if n == 1)
     if node.op == "unsqueeze" and attributes["dim"] >= 0:

@@ -108,7 +108,7 @@ class CpuExecutor:
                     del values[number]
             if self._as_computed:
                 return {number: values[number] for number in self._outputs}
-            return {n: _converted(values[n], dtype, layout) for n in self._outputs}
+            return {n: plain.converted(values[n], dtype, layout) for n in self._outputs}
 
     def path(self, step: Step) -> str:
         """What runs one step."""
@@ -170,18 +170,12 @@ class _Torch:
 
     def run(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
         inputs = (
-            _converted(values[n], self._dtype, torch.channels_last) for n in self._step.inputs
+            plain.converted(values[n], self._dtype, torch.channels_last) for n in self._step.inputs
         )
         try:
             return {self._step.output: self._run(*inputs)}
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{self._step.name or self._step.title}: {error}") from error
-
-
-def _converted(x: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    if x.dim() != 4:
-        return x.to(dtype).contiguous()
-    return x.to(dtype).contiguous(memory_format=layout)
 
 
 def _gathered(steps: Sequence[Step]) -> list[Step]:

@@ -188,9 +188,7 @@ class CudaExecutor:
                     del values[number]
             if self._as_computed:
                 return {number: values[number] for number in self._outputs}
-            return {
-                number: values[number].to(dtype, memory_format=layout) for number in self._outputs
-            }
+            return {n: plain.converted(values[n], dtype, layout) for n in self._outputs}
 
     def _obstacle(self, step: Step) -> str | None:
         return self._kernels.obstacle(step, self._channels.get(step.output))

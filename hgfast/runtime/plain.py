@@ -19,6 +19,13 @@ from hgfast.runtime.folding import fold, prologue, remerge_weights
 Run = Callable[..., Tensor]
 
 
+def converted(x: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """``x`` in ``dtype``; in ``layout`` if it is a map, dense if it is not."""
+    if x.dim() != 4:
+        return x.to(dtype).contiguous()
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
 def bind(step: Step, weights: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Run, list[Tensor]]:
     """One step as a function of its inputs, and the weights that it holds.
 

@@ -157,6 +157,9 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "softmax": F.softmax,
+    "split": lambda x, sizes, dim, index: x.split(
+        sizes if isinstance(sizes, int) else list(sizes), dim
+    )[index],
     "squeeze": _squeeze,
     "stack": lambda *xs, dim: torch.stack(xs, dim),
     "sub": torch.sub,

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from hgfast.plan import Guard
 from hgfast.trace.graph import OPERATIONS, Graph, Node, TraceError, Weight, output_nodes
 from hgfast.trace.normaliser import Normaliser
+from hgfast.trace.operations import is_map
 from hgfast.trace.tracer import Tracer
 from hgfast.trace.untouched import (
     attributes_kept,
@@ -37,6 +40,7 @@ __all__ = [
     "TraceError",
     "Weight",
     "graph_of",
+    "is_map",
     "output_nodes",
     "trace",
     "trace_with_example",
@@ -68,6 +72,13 @@ def trace(module: nn.Module) -> Graph:
             raise TraceError(
                 f"fx cannot follow its forward ({type(error).__name__}: {message[0]})"
             ) from error
+    with _foreign_code():
+        return _read(module, recorded, optional, tracer.guards)
+
+
+def _read(
+    module: nn.Module, recorded: fx.Graph, optional: Mapping[str, Any], guards: Sequence[Guard]
+) -> Graph:
     normaliser = Normaliser(dict(module.named_modules(remove_duplicate=False)))
     required = len(inspect.signature(type(module).forward).parameters) - 1 - len(optional)
     for source in recorded.nodes:
@@ -82,7 +93,7 @@ def trace(module: nn.Module) -> Graph:
             normaliser.add_weight(source, str(source.target))
         elif source.op == "output":
             graph = _checked(normaliser.finish(source.args[0]))
-            graph.guards = tuple(tracer.guards)
+            graph.guards = tuple(guards)
             return graph
         else:
             normaliser.add_call(source)
@@ -130,7 +141,8 @@ def trace_with_example(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
         kept = list(flat)[len(signature.buffers_to_mutate) :]
         return torch.utils._pytree.tree_unflatten(kept, program.call_spec.out_spec)
 
-    graph = _normal_form(program.graph, {}, names, container)
+    with _foreign_code():
+        graph = _normal_form(program.graph, {}, names, container)
     graph.input_shapes = tuple(tuple(tensor.shape) for tensor in example)
     return graph
 
@@ -147,7 +159,22 @@ def graph_of(recorded: fx.GraphModule, weights: Mapping[str, str]) -> Graph:
         TraceError: as :func:`trace`.
     """
     modules = dict(recorded.named_modules(remove_duplicate=False))
-    return _normal_form(recorded.graph, modules, weights, lambda outputs: outputs)
+    with _foreign_code():
+        return _normal_form(recorded.graph, modules, weights, lambda outputs: outputs)
+
+
+@contextmanager
+def _foreign_code() -> Iterator[None]:
+    """Nobody knows what forwards there are: one that is not understood is refused, by whatever
+    error, and runs as it did."""
+    try:
+        yield
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"its graph is not understood ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _normal_form(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import operator
 import re
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from hgfast.trace.graph import Graph, Node, TraceError, Weight, output_nodes, unsupported
 from hgfast.trace.operations import (
@@ -52,6 +56,7 @@ class _Cell:
     value: Node
     is_input: bool = False
     is_stale: bool = False
+    part_of: object = None  # what chunk() or split() cut, the same for all its parts
     family: list[_Cell] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -70,6 +75,8 @@ class _Cell:
         return self.value
 
     def replace(self, value: Node) -> None:
+        if self.value.op == "unsupported":  # its memory may be anybody's, a buffer's too
+            raise TraceError(f"it uses {self.value['what']}, and changes the result in place")
         if any(cell.is_input for cell in self.family):
             raise TraceError("it changes its input in place")
         for cell in self.family:
@@ -105,7 +112,7 @@ class Normaliser:
         inplace = INPLACE_METHODS if is_method else INPLACE
         if target in inplace:
             self._replace(source, self._convert(source, inplace[target]))
-        elif target in pure and source.kwargs.get("inplace"):
+        elif target in pure and _is_inplace(source):
             self._replace(source, self._convert(source, pure[target]))
         elif target is operator.getitem and isinstance(self._held(source), (list, Sizes)):
             self.values[source] = self._held(source)[source.args[1]]
@@ -122,6 +129,7 @@ class Normaliser:
             self._define(source, unsupported(_describe(source)))
 
     def finish(self, outputs: Any) -> Graph:
+        self._check_memory_of(outputs)
         outputs = self.read(outputs)
         live: set[Node] = set()
         pending = [*self.inputs, *output_nodes(outputs)]
@@ -131,6 +139,25 @@ class Normaliser:
                 live.add(node)
                 pending.extend(node.inputs)
         return Graph(self.inputs, [node for node in self.nodes if node in live], outputs)
+
+    def _check_memory_of(self, outputs: Any) -> None:
+        """Refuse outputs that share memory with one another or with an input: a Plan's do not, and
+        whoever writes into one would see the difference. Parts of one split do not overlap."""
+        cells: dict[_Cell, Any] = {}
+        for leaf in tree_leaves(outputs):
+            held = self.values.get(leaf) if isinstance(leaf, fx.Node) else None
+            for cell in held if isinstance(held, list) else [held]:
+                if isinstance(cell, _Cell) and cell.value.op != "unsupported":
+                    cells[cell] = cell.part_of or cell
+        for cell in cells:
+            of_input = cell.value.op == "input" or any(other.is_input for other in cell.family)
+            if of_input and not cell.is_input:
+                raise TraceError("it returns a copy, or what may be a view, of its input")
+        for one, other in itertools.combinations(cells, 2):
+            if one.value is other.value:
+                raise TraceError("it returns copies of one activation")
+            if one.family is other.family and cells[one] is not cells[other]:
+                raise TraceError("it returns what may be views of one another")
 
     def _call_module(self, source: fx.Node, module: nn.Module) -> None:
         arguments = [self.read(argument) for argument in (*source.args, *source.kwargs.values())]
@@ -154,8 +181,9 @@ class Normaliser:
         if source.target in SAME_MEMORY and result.op != "unsupported":
             self.values[source] = arguments[0]
             return
+        whole = source if isinstance(result, list) else None
         cells = [
-            _Cell(self._append(node, source))
+            _Cell(self._append(node, source), part_of=whole)
             for node in (result if isinstance(result, list) else [result])
         ]
         for cell in cells:
@@ -196,6 +224,10 @@ class Normaliser:
         for node in result if isinstance(result, list) else [result]:
             if isinstance(node, Node) and not all(isinstance(item, Node) for item in node.inputs):
                 return unsupported(f"{_describe(source)} of a weight")
+            if isinstance(node, Node) and _holds_sizes(list(node.attributes.values())):
+                return unsupported(f"{_describe(source)} of computed sizes")
+            if not isinstance(node, (Node, Sizes)):  # a weight, handed on
+                return unsupported(f"{_describe(source)} of a weight")
         return result
 
     def _append(self, node: Node, source: fx.Node) -> Node:
@@ -224,6 +256,12 @@ class Normaliser:
         return argument
 
 
+def _holds_sizes(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_sizes, value))
+    return isinstance(value, Sizes)
+
+
 def _parts_taken(source: fx.Node) -> int:
     """How many parts of a split there must be for what is made of them; 0 where that is unclear."""
     last = -1
@@ -243,6 +281,22 @@ def _module_name(path: str) -> str:
     return ".".join(words[2:])
 
 
+def _is_inplace(source: fx.Node) -> bool:
+    """Whether a function of PyTorch is asked to write into its argument, by keyword or position."""
+    place = _place_of_inplace(source.target) if callable(source.target) else None
+    given = source.args[place] if place is not None and len(source.args) > place else False
+    return bool(source.kwargs.get("inplace")) or given is True
+
+
+@functools.cache
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin, whose arguments nobody tells
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 def may_write(source: fx.Node) -> bool:
     """Whether a call without normal form may change memory that others look at."""
     target: Any = source.target
@@ -250,7 +304,7 @@ def may_write(source: fx.Node) -> bool:
     overload_writes = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
     return (
         overload_writes
-        or bool(source.kwargs.get("inplace"))
+        or _is_inplace(source)
         or "out" in source.kwargs
         or (name.endswith("_") and not name.endswith("__"))
         or name in ("setitem", "__setitem__")

@@ -361,13 +361,10 @@ def split(x: Node, size: Any, dim: int = 0, parts: int = 0) -> list[Node]:
     sizes = [size] * parts if isinstance(size, int) else list(size)
     if not sizes:
         return [unsupported("split() into parts that are not taken one by one")]
-    dim %= _rank(x)
-    nodes, start = [], 0
-    for each in sizes:
-        # The last of equal parts may be smaller, which a slice is too.
-        nodes.append(_slice(x, dim, start, start + each))
-        start += each
-    return nodes
+    given = size if isinstance(size, int) else tuple(size)
+    return [
+        Node("split", (x,), {"sizes": given, "dim": dim, "index": i}) for i in range(len(sizes))
+    ]
 
 
 def _linear(x: Node, weight: Any, bias: Any = None) -> Node:
@@ -392,7 +389,7 @@ def _layer_norm(
 
 
 def _matmul(a: Any, b: Any) -> Node:
-    if not isinstance(a, Node) or not isinstance(b, Node) or min(_rank(a), _rank(b)) < 2:
+    if not isinstance(a, Node) or not isinstance(b, Node) or min(rank_of(a), rank_of(b)) < 2:
         return unsupported("a product of something other than activations")
     return Node("matmul", (a, b))
 
@@ -456,20 +453,34 @@ _known_ranks: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
 _MAPS = ("input", "conv2d", "conv_transpose2d", "max_pool2d", "avg_pool2d", "upsample")
 
 
-def _rank(x: Node) -> int:
-    """How many dimensions an activation has. Inputs have four: a Plan takes no others."""
+def rank_of(x: Node) -> int:
+    """How many dimensions an activation has. Inputs have four: a Plan takes no others.
+
+    Raises:
+        TypeError: that is not known.
+    """
     if x.op in _MAPS:
         return 4
     if x.op == "unsupported":
         raise TypeError("nobody knows its shape")
     if x not in _known_ranks:
-        rank = max(_rank(item) for item in x.inputs)
+        rank = max(rank_of(item) for item in x.inputs)
+        if rank < 4 and isinstance(x.attributes.get("other"), Weight):
+            raise TypeError("a weight of more dimensions would make more of it")
         _known_ranks[x] = _RANKS[x.op](rank, x) if x.op in _RANKS else rank
     return _known_ranks[x]
 
 
+def is_map(x: Node) -> bool:
+    """Whether an activation is known to have four dimensions."""
+    try:
+        return rank_of(x) == 4
+    except TypeError:
+        return False
+
+
 def _size(x: Node, dim: Any = None) -> Sizes:
-    every = Sizes(x, tuple(Guard("size", (1, d)) for d in range(_rank(x))))
+    every = Sizes(x, tuple(Guard("size", (1, d)) for d in range(rank_of(x))))
     return every if dim is None else every[dim]
 
 
@@ -487,9 +498,8 @@ def _size_like(size: Any) -> Node | None:
 def _view(x: Node, *shape: Any) -> Node:
     """view and reshape: whether memory is shared is the normaliser's business."""
     if len(shape) == 1 and isinstance(shape[0], (list, tuple, Sizes)):
-        shape = shape[0].items if isinstance(shape[0], Sizes) else tuple(shape[0])
-        if not all(isinstance(item, (int, Sizes)) for item in shape):
-            return unsupported("a view like another activation")
+        whole = shape[0]
+        shape = tuple(map(whole._number, whole.items)) if isinstance(whole, Sizes) else tuple(whole)
     if not all(isinstance(item, int) or _is_number(item) for item in shape):
         return unsupported("a view of a computed shape")
     nodes = list(dict.fromkeys(item.node for item in shape if isinstance(item, Sizes)))
@@ -525,7 +535,7 @@ def _part(x: Node, index: Any) -> Node:
         ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
         if not all(end is None or end is Ellipsis or type(end) is int for end in ends):
             return unsupported("an activation indexed by computed values")
-    rank = _rank(x)
+    rank = rank_of(x)
     if Ellipsis in parts:
         taken = sum(part is not None and part is not Ellipsis for part in parts)
         at = parts.index(Ellipsis)
@@ -534,11 +544,11 @@ def _part(x: Node, index: Any) -> Node:
 
 
 def _slice(x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Node:
-    return _part(x, (*(slice(None),) * (dim % _rank(x)), slice(start, end, step)))
+    return _part(x, (*(slice(None),) * (dim % rank_of(x)), slice(start, end, step)))
 
 
 def _select(x: Node, dim: int, index: int) -> Node:
-    return _part(x, (*(slice(None),) * (dim % _rank(x)), index))
+    return _part(x, (*(slice(None),) * (dim % rank_of(x)), index))
 
 
 def _softmax(x: Node, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Node:
@@ -554,7 +564,7 @@ def _squeeze(x: Node, dim: Any = None) -> Node:
 
 
 def _transpose(x: Node, dim0: int, dim1: int) -> Node:
-    dims = list(range(_rank(x)))
+    dims = list(range(rank_of(x)))
     dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
     return Node("permute", (x,), {"dims": tuple(dims)})
 
@@ -739,7 +749,7 @@ SAME_MEMORY = frozenset({"detach", F.dropout, F.dropout2d, _aten.dropout.default
 #: Operations whose result may share memory with their argument.
 VIEWS = frozenset(
     {
-        *("permute", "view", "flatten", "chunk", "getitem", "unsqueeze", "squeeze"),
+        *("permute", "view", "flatten", "chunk", "split", "getitem", "unsqueeze", "squeeze"),
         "unsupported",  # nobody knows
     }
 )

@@ -25,6 +25,11 @@ from hgfast.trace.normaliser import ARITHMETIC, AUGMENTED
 
 
 class _Proxy(fx.Proxy):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):  # x.data += 1, which nothing would record
+            raise TraceError(f"it sets the attribute {name} of an activation")
+        super().__setattr__(name, value)
+
     def __len__(self) -> int:
         count: int | None = self.tracer.count(self)  # type: ignore[attr-defined]
         return super().__len__() if count is None else count
@@ -164,8 +169,6 @@ class KnownSizes:
         if x.op == "call_method" and x.target in ("view", "reshape") and len(x.args) == 5:
             size = self.evaluate(x.args[1 + dim])
             return None if size == -1 else size
-        if dim == 0:  # kept by whatever a pose network does
-            return None
         return self._channels(x) if dim == 1 else None
 
     def _channels(self, x: Any) -> Any:
@@ -176,8 +179,10 @@ class KnownSizes:
         return self._known[x]
 
     def _read_channels(self, x: fx.Node) -> Any:
-        if x.op in ("placeholder", "get_attr") or x.target in ("permute", "view", "reshape"):
-            return self._size(x, 1) if x.op != "get_attr" else None
+        if x.op == "placeholder":
+            return self._size(x, 1)
+        if x.op == "call_method" and x.target in ("permute", "view", "reshape"):
+            return self._size(x, 1) if len(x.args) == 5 else None
         if x.op == "call_module":
             module = self._modules[str(x.target)]
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
