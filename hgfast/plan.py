@@ -538,6 +538,21 @@ def _viewed(step: Plain, *inputs: Shape) -> Shape:
     return sizes
 
 
+def _expanded(step: Plain, *inputs: Shape) -> Shape:
+    wanted = [
+        n.value(*inputs) if isinstance(n, Guard) else n for n in dict(step.arguments)["shape"]
+    ]
+    x = (1,) * (len(wanted) - len(inputs[0])) + tuple(inputs[0])
+    sizes = tuple(n if m == -1 else m for n, m in zip(x, wanted, strict=True))
+    return _to_shape(step, x, sizes)
+
+
+def _to_shape(step: Plain, x: Shape, shape: Shape) -> Shape:
+    if _same(step, x, shape) != tuple(shape):
+        raise ValueError(f"{step.name or step.op} cannot expand {tuple(x)} to {tuple(shape)}")
+    return tuple(shape)
+
+
 def _indexed(step: Plain, x: Shape) -> Shape:
     index = dict(step.arguments)["index"]
     rest = [*index, *(slice(None),) * (len(x) - sum(item is not None for item in index))]
@@ -590,6 +605,8 @@ _SHAPES: dict[str, Any] = {
     "mean": _reduced,
     "sum": _reduced,
     "view": _viewed,
+    "expand": _expanded,
+    "expand_as": _to_shape,
     "getitem": _indexed,
     "split": _split,
     "squeeze": _squeezed,

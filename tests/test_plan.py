@@ -190,9 +190,12 @@ class GroupNormed(nn.Module):
 def test_one_sum_among_operations_of_pytorch_is_not_worth_a_region() -> None:
     with pytest.raises(TraceError, match="no block that could be fused"):
         recognise(GroupNormed())
-    joined = nn.Sequential(GroupNormed(), nn.Conv2d(16, 4, 1), nn.ReLU())
-    convs = [kind for kind in kinds(recognise(joined)) if kind.startswith("conv")]
-    assert len(convs) == 4, "with a ReLU to take along it is"
+    few = nn.Sequential(GroupNormed(), nn.Conv2d(16, 4, 1), nn.ReLU())
+    with pytest.raises(TraceError, match="no block that could be fused"):
+        recognise(few)
+    many = nn.Sequential(GroupNormed(), GroupNormed(), GroupNormed(), *few)
+    convs = [kind for kind in kinds(recognise(many)) if kind.startswith("conv")]
+    assert len(convs) == 13, "a network with a ReLU to take along is"
 
 
 def test_norms_and_convolutions_without_weights_of_their_own() -> None:

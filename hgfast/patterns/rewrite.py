@@ -78,6 +78,10 @@ def _ones(
         dims = attributes["dim"]
         known_dims = bool(dims) and min(dims) >= 0
         return first | set(dims) if attributes["keepdim"] and known_dims else frozenset()
+    if node.op == "expand_as":
+        return known[node.inputs[1]]
+    if node.op == "expand":  # to which of its sizes, nobody needs to know
+        return frozenset(i for i in first if attributes["shape"][i] in (1, -1))
     if node.op == "view":
         return frozenset(i for i, n in enumerate(attributes["shape"]) if n == 1)
     if node.op == "unsqueeze" and attributes["dim"] >= 0:

@@ -111,9 +111,18 @@ def _squeeze(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.squeeze(x, dim)
 
 
+def _numbers(sizes: Sequence[Any], *tensors: Tensor) -> list[Any]:
+    """Sizes that may be computed from those of tensors."""
+    known = [tuple(item.shape) for item in tensors]
+    return [n if isinstance(n, int) else n.value(*known) for n in sizes]
+
+
 def _view(x: Tensor, *like: Tensor, shape: Sequence[Any]) -> Tensor:
-    known = [tuple(item.shape) for item in (x, *like)]
-    return x.reshape([n if isinstance(n, int) else n.value(*known) for n in shape])
+    return x.reshape(_numbers(shape, x, *like))
+
+
+def _expand(x: Tensor, *like: Tensor, shape: Sequence[Any]) -> Tensor:
+    return x.expand(_numbers(shape, x, *like))
 
 
 #: PyTorch's own operations that a Plan may contain, by the names that traced graphs give them. Each
@@ -133,6 +142,8 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "div": torch.div,
     "div_number": lambda x, other: x / other,
     "elu": F.elu,
+    "expand": _expand,
+    "expand_as": lambda x, other: x.expand_as(other),
     "flatten": torch.flatten,
     "gelu": F.gelu,
     "getitem": lambda x, index: x[index],

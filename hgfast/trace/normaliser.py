@@ -217,7 +217,11 @@ class Normaliser:
             given = self.read(dict(source.kwargs))
             if convert is split:
                 given["parts"] = _parts_taken(source)
-            result = convert(*self.read(list(source.args)), **given)
+            args = self.read(list(source.args))
+            place = _place_of_inplace(source.target) if callable(source.target) else None
+            if place is not None:  # what it means was seen to before
+                args = args[:place] + args[place + 1 :]
+            result = convert(*args, **given)
         # Arguments that the normal form has no place for.
         except (TypeError, AttributeError, IndexError, KeyError):
             return unsupported(_describe(source))

@@ -138,6 +138,11 @@ def _relu(x: Node, inplace: bool = False) -> Node:
     return Node("relu", (x,))
 
 
+def _is_whole(x: Node, kernel_size: Any, padding: Any) -> bool:
+    """Whether a window is as large as the map: there is one, whatever the stride."""
+    return _pair(padding) == (0, 0) and _size_like(kernel_size) is x
+
+
 def _max_pool2d(
     x: Node,
     kernel_size: Any,
@@ -149,6 +154,8 @@ def _max_pool2d(
 ) -> Node:
     if return_indices:
         return unsupported("max pooling that returns indices")
+    if _is_whole(x, kernel_size, padding) and _pair(dilation) == (1, 1):
+        return Node("adaptive_max_pool2d", (x,), {"output_size": (1, 1)})
     kernel_size = _pair(kernel_size)
     return Node(
         "max_pool2d",
@@ -174,6 +181,8 @@ def _avg_pool2d(
 ) -> Node:
     if divisor_override is not None:
         return unsupported("average pooling with a divisor of its own")
+    if _is_whole(x, kernel_size, padding):
+        return Node("adaptive_avg_pool2d", (x,), {"output_size": (1, 1)})
     kernel_size = _pair(kernel_size)
     return Node(
         "avg_pool2d",
@@ -342,6 +351,10 @@ def _adaptive(op: str) -> Callable[..., Node]:
     return convert
 
 
+def _hardtanh(x: Node, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Node:
+    return Node("clamp", (x,), {"min": min_val, "max": max_val})
+
+
 def _pad(x: Node, pad: Any, mode: str = "constant", value: Any = None) -> Node:
     if not all(isinstance(n, int) for n in pad):
         return unsupported("padding by a computed size")
@@ -436,6 +449,7 @@ class Sizes:
 _RANKS: dict[str, Callable[[int, Node], int]] = {
     "stack": lambda rank, node: rank + 1,
     "view": lambda rank, node: len(node["shape"]),
+    "expand": lambda rank, node: len(node["shape"]),
     "flatten": lambda rank, node: rank - node["end_dim"] % rank + node["start_dim"] % rank,
     **dict.fromkeys(
         ("amax", "mean", "sum"),
@@ -543,6 +557,15 @@ def _part(x: Node, index: Any) -> Node:
     return Node("getitem", (x,), {"index": parts})
 
 
+def _expand(x: Node, *shape: Any) -> Node:
+    view = _view(x, *shape)
+    return view if view.op == "unsupported" else Node("expand", view.inputs, view.attributes)
+
+
+def _expand_as(x: Node, other: Node) -> Node:
+    return Node("expand_as", (x, other))
+
+
 def _slice(x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Node:
     return _part(x, (*(slice(None),) * (dim % rank_of(x)), slice(start, end, step)))
 
@@ -641,6 +664,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     _aten.transpose.int: _transpose,
     torch.reshape: _view,
     _aten.view.default: _view,
+    _aten.expand.default: lambda x, size, *_, **__: _expand(x, *size),
+    _aten.expand_as.default: _expand_as,
+    F.hardtanh: _hardtanh,
+    _aten.hardtanh.default: _hardtanh,
     _aten.reshape.default: _view,
     F.channel_shuffle: _plain("channel_shuffle", "groups"),
     _aten.slice.Tensor: _slice,
@@ -701,6 +728,10 @@ INPLACE: dict[Any, Callable[..., Any]] = {
     operator.imul: _binary("mul"),
     operator.itruediv: _binary("div"),
     F.relu_: _relu,
+    F.hardtanh_: _hardtanh,
+    torch._C._nn.hardtanh_: _hardtanh,
+    _aten.hardtanh_.default: _hardtanh,
+    _aten.relu6_.default: _elementwise["relu6"],
     torch.relu_: _relu,
     _aten.relu_.default: _relu,
     _aten.add_.Tensor: _add,
@@ -725,6 +756,8 @@ METHODS: dict[Any, Callable[..., Any]] = {
     "transpose": _transpose,
     "view": _view,
     "reshape": _view,
+    "expand": _expand,
+    "expand_as": _expand_as,
     "unsqueeze": _plain("unsqueeze", "dim"),
     "squeeze": _squeeze,
     "split": split,
@@ -749,7 +782,8 @@ SAME_MEMORY = frozenset({"detach", F.dropout, F.dropout2d, _aten.dropout.default
 #: Operations whose result may share memory with their argument.
 VIEWS = frozenset(
     {
-        *("permute", "view", "flatten", "chunk", "split", "getitem", "unsqueeze", "squeeze"),
+        *("permute", "view", "expand", "expand_as", "flatten", "chunk", "split", "getitem"),
+        *("unsqueeze", "squeeze"),
         "unsupported",  # nobody knows
     }
 )
@@ -811,6 +845,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, str, Node], Any]] = {
     nn.Dropout2d: lambda m, _, x: x,
     nn.ReLU: lambda m, _, x: _relu(x),
     nn.ReLU6: lambda m, _, x: Node("relu6", (x,)),
+    nn.Hardtanh: lambda m, _, x: _hardtanh(x, m.min_val, m.max_val),
     nn.LeakyReLU: lambda m, _, x: Node("leaky_relu", (x,), {"negative_slope": m.negative_slope}),
     nn.PReLU: lambda m, name, x: Node("prelu", (x,), {"weight": Weight(f"{name}.weight")}),
     nn.ELU: lambda m, _, x: Node("elu", (x,), {"alpha": m.alpha}),
