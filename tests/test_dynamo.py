@@ -330,7 +330,7 @@ def _writes_behind(m: Any, x: Tensor) -> Tensor:
     [
         (lambda m, x: m.block(x.relu_()), "relu_|writes|changes"),
         (lambda m, x: m.block(x.mul_(2)), "mul_|writes|changes"),
-        (lambda m, x: (m.block(x), x.clone()), "copies"),
+        (lambda m, x: (m.block(x), x.clone()), "a copy"),
         (lambda m, x: (lambda y: (y, y.clone()))(m.block(x)), "copies"),
         (lambda m, x: F.relu(x), "no weights"),
         (lambda m, x: m.block(x).new_tensor([1.0]) + m.block(x), ""),
