@@ -67,11 +67,8 @@ def is_worth_it(plan: Plan) -> bool:
 
 
 def _is_large(step: Step) -> bool:
-    """Whether it multiplies enough for each pixel to be worth a change of hands."""
-    if isinstance(step, Conv):
-        conv = step.conv
-        return prod(conv.kernel_size) * prod(conv.channels) >= 1024
-    return True
+    """Whether there is more to it than the two maps, mean and maximum, of attention over pixels."""
+    return not isinstance(step, Conv) or prod(step.conv.channels) >= 16
 
 
 def is_fused(step: Step, sums: bool = True) -> bool:
