@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from gpu_checks import (
 )
 from networks import small_hourglass
 from op_checks import bottleneck_weights, conv_weights
-from torch import Tensor
+from torch import Tensor, nn
 
 import hgfast
 from hgfast import ops
@@ -83,16 +84,46 @@ def test_compiles_whole(dtype: torch.dtype, settings: dict[str, Any]) -> None:
             torch.testing.assert_close(compiled(x, low).clone(), run(x, low))
 
 
-def test_an_optimised_network_compiles() -> None:
-    """While torch.compile records, a region is its eager forward."""
-    model = small_hourglass(depth=1).to(DEVICE, DTYPES[0])
-    fast = hgfast.optimize(model, "medium", strict=True)
+def optimised() -> tuple[nn.Module, Any, Tensor]:
+    model = small_hourglass(depth=1).to(DEVICE, DTYPES[0]).requires_grad_(False)
     x = map_of(1, 3, 64, 64, dtype=DTYPES[0], channels_last=False)
+    return model, hgfast.optimize(model, "medium", strict=True), x
+
+
+def close(ours: Any, theirs: Any) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+def test_an_optimised_network_compiles() -> None:
+    """A region is one operation of the graph, and its kernels are those of the plain call."""
+    model, fast, x = optimised()
     torch.compiler.reset()
-    compiled = torch.compile(fast, backend="aot_eager")
-    with torch.inference_mode():
-        for ours, theirs in zip(compiled(x), model(x), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(x), model(x))
+        for one, other in zip(compiled(x), fast(x), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_an_optimised_network_is_exported() -> None:
+    model, fast, x = optimised()
+    program = torch.export.export(fast, (x,))
+    assert any("run_plan" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        close(program.module()(x), model(x))
+
+
+@pytest.mark.skipif(
+    REHEARSAL, reason="a package for the CPU is the business of tests/test_ecosystem.py"
+)
+def test_a_package(tmp_path: Path) -> None:
+    model, fast, x = optimised()
+    path = torch._inductor.aoti_compile_and_package(
+        torch.export.export(fast, (x,)), package_path=str(tmp_path / "model.pt2")
+    )
+    with torch.no_grad():
+        close(torch._inductor.aoti_load_package(path)(x), model(x))
 
 
 def test_a_wrong_device_is_an_error() -> None:
