@@ -495,7 +495,9 @@ def _chunked(step: Plain, x: Shape) -> Shape:
     arguments = dict(step.arguments)
     dim = arguments["dim"] % len(x)
     each = -(-x[dim] // arguments["chunks"])
-    size = min(each, x[dim] - each * arguments["index"])
+    index = arguments["index"]
+    index += -(-x[dim] // each) if index < 0 else 0
+    size = min(each, x[dim] - each * index) if index >= 0 else 0
     if size < 1:
         raise ValueError(f"{step.name or step.op} cannot cut {tuple(x)} into so many pieces")
     return (*x[:dim], size, *x[dim + 1 :])

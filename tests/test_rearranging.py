@@ -74,6 +74,10 @@ def fewer_than_asked(m: Between, y: Tensor) -> Tensor:
     return torch.cat([*(part + i for i, part in enumerate(parts)), y[:, 6:]], 1)
 
 
+def the_last(m: Between, y: Tensor) -> Tensor:
+    return y + torch.cat([y[:, :6].chunk(4, 1)[-1]] * 4, 1)  # the third of three
+
+
 def slices(m: Between, y: Tensor) -> Tensor:
     return y[:, 2:6] + y[:, -4:]
 
@@ -148,6 +152,7 @@ EVERY: dict[str, tuple[Callable[[Between, Tensor], Tensor], int]] = {
     "unequal": (unequal, 8),
     "counted": (counted, 8),
     "fewer than asked": (fewer_than_asked, 8),
+    "the last": (the_last, 8),
     "slices": (slices, 4),
     "focus": (focus, 16),
     "one channel": (one_channel, 8),

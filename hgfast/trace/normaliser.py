@@ -115,7 +115,7 @@ class Normaliser:
         elif target in pure and _is_inplace(source):
             self._replace(source, self._convert(source, pure[target]))
         elif target is operator.getitem and isinstance(self._held(source), (list, Sizes)):
-            self.values[source] = self._held(source)[source.args[1]]
+            self.values[source] = self._item(source, self._held(source), source.args[1])
         elif target in ARITHMETIC and self._is_of_sizes(source):
             a, b = self.read(list(source.args))
             sizes = Sizes.computed(ARITHMETIC[target], a, b)
@@ -193,6 +193,17 @@ class Normaliser:
                         if isinstance(other, _Cell):
                             cell.join(other)
         self.values[source] = cells if isinstance(result, list) else cells[0]
+
+    def _item(self, source: fx.Node, held: Any, index: Any) -> Any:
+        last = held[index]
+        if not isinstance(last, _Cell) or index >= 0 or last.value.op != "chunk":
+            return last
+        # chunk() may return fewer parts than it was asked for: which is the last, the size tells.
+        first = held[0].read()
+        node = Node("chunk", first.inputs, {**first.attributes, "index": index})
+        cell = _Cell(self._append(node, source), part_of=held[0].part_of)
+        cell.join(held[0])
+        return cell
 
     def _is_of_sizes(self, source: fx.Node) -> bool:
         arguments = (self.values[node] for node in source.all_input_nodes)
