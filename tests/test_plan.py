@@ -190,12 +190,28 @@ class GroupNormed(nn.Module):
 def test_one_sum_among_operations_of_pytorch_is_not_worth_a_region() -> None:
     with pytest.raises(TraceError, match="no block that could be fused"):
         recognise(GroupNormed())
-    few = nn.Sequential(GroupNormed(), nn.Conv2d(16, 4, 1), nn.ReLU())
+    joined = nn.Sequential(GroupNormed(), nn.Conv2d(16, 4, 1), nn.ReLU())
+    convs = [kind for kind in kinds(recognise(joined)) if kind.startswith("conv")]
+    assert len(convs) == 4, "with a ReLU to take along it is"
+
+
+class LooksAround(nn.Module):
+    """Attention over pixels: where to look, from the strongest and the mean channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 1, 7, padding=3), nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+        return x * torch.sigmoid(self.norm(self.conv(seen)))
+
+
+def test_a_piece_of_attention_is_not_worth_a_region() -> None:
     with pytest.raises(TraceError, match="no block that could be fused"):
-        recognise(few)
-    many = nn.Sequential(GroupNormed(), GroupNormed(), GroupNormed(), *few)
-    convs = [kind for kind in kinds(recognise(many)) if kind.startswith("conv")]
-    assert len(convs) == 13, "a network with a ReLU to take along is"
+        recognise(LooksAround())
+    block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), LooksAround())
+    assert kinds(recognise(block)).count("conv 7x7-norm") == 1, "behind a convolution it is"
 
 
 def test_norms_and_convolutions_without_weights_of_their_own() -> None:
