@@ -42,17 +42,17 @@ _REDUCTIONS = ("adaptive_avg_pool2d", "adaptive_max_pool2d", "amax", "mean", "su
 
 
 def is_worth_it(plan: Plan) -> bool:
-    """Whether a Plan is worth running. What was measured about that stands here alone.
+    """Whether a Plan is worth running: the rules about that stand here alone.
 
     One step has to do more than one of PyTorch's operations: a lone one gains nothing. Between
     operations that stay PyTorch's (a GroupNorm after each convolution), a convolution that only
-    takes a sum along is not enough: on its own such a bottleneck ran at 0.6 to 0.96 of eager's
-    speed on maps of 16x16 and more, since what one sum wins is lost in going to and fro. A whole
-    hourglass of them, with its joins, gains.
+    takes a sum along is not enough: on its own such a bottleneck was slower than eager, since what
+    one sum wins is lost in going to and fro. A whole hourglass of them, with its joins, gains
+    (docs/models.md).
 
     A few steps that are PyTorch's but for a small convolution (attention over pixels, over
-    channels) ran at 0.1 to 0.5 of eager's speed on their own; as a part of a network that is
-    replaced as a whole they cost nothing.
+    channels) were much slower than eager on their own; as a part of a network that is replaced as a
+    whole they spare it the cut.
     """
     left = [step for step in plan.steps if isinstance(step, Plain) and step.op not in _LIGHT]
     fused = [step for step in plan.steps if is_fused(step, sums=not left)]

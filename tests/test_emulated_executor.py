@@ -194,6 +194,28 @@ def test_a_block_without_a_kernel_runs_eagerly_among_the_others(kernels: cuda.Ke
     assert_as_good_as_eager(model, torch.bfloat16, torch.randn(1, 16, 6, 6), kernels)
 
 
+class Tokens(nn.Module):
+    """An output that is no map, and one of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.map = PreactBlock(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.block(x)
+        return y.flatten(2), self.map(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_outputs_that_are_no_maps(layout: torch.memory_format, kernels: cuda.Kernels) -> None:
+    model = randomise(Tokens()).eval().requires_grad_(False)
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=layout)
+    plan, executor = executor_of(model, torch.float32, "medium", kernels)
+    values = executor.run([x])
+    for number, expected in zip(output_values(plan.outputs), model(x), strict=True):
+        torch.testing.assert_close(values[number], expected, rtol=0.05, atol=0.05)
+
+
 def test_memory_is_given_back_on_the_way(kernels: cuda.Kernels) -> None:
     _, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
     alive, most = {0}, 0

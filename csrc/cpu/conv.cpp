@@ -71,7 +71,7 @@ constexpr int64_t kInCache = 512 << 10;  // bytes: half of a small L2
 constexpr int64_t kShort = 128;          // channels: so few that a tap alone is a short run
 
 // Pixels so many values apart share the sets of the first-level cache, whose eight lines do not
-// hold a tile's twelve rows. Measured on a Cascade Lake core: half the speed.
+// hold a tile's twelve rows.
 constexpr int64_t kWay = 4096 / sizeof(float);
 
 struct Geometry {

@@ -37,8 +37,8 @@ constexpr int kRows = 6;  // 12 sums and 2 of B in 16 registers
 constexpr int64_t kAhead = 8;
 
 // So many products are added up one after the other, and the sums of such chains in their turn:
-// rounding errors grow with the length of a chain. Against one chain, measured on single layers,
-// the largest error falls to 1/2 for 1152 products, to 1/6 for 4608, and the speed by 1 and 3 %.
+// rounding errors grow with the length of a chain, and 3x3 convolutions have thousands. One more
+// addition per sum and chain.
 constexpr int64_t kChain = 512;
 
 // What a product over this operand type wants of its A.

@@ -63,7 +63,7 @@ def _convolution(
         settings = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
         if conv.groups == 1:
             return lambda x: F.conv_transpose2d(x, weight, bias, *settings), [weight, bias]
-        # With a bias PyTorch takes another way on a CPU, four to ten times as slow.
+        # With a bias PyTorch takes another, slower way on a CPU.
         column = bias[:, None, None]
         return lambda x: F.conv_transpose2d(x, weight, None, *settings).add_(column), [weight, bias]
     return (
