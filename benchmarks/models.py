@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the networks are those of the
 from field import FIELD, newell, prepared, princeton  # noqa: E402
 
 import hgfast  # noqa: E402
-from hgfast.demo.timing import time_alternately  # noqa: E402
+from hgfast._timing import time_alternately  # noqa: E402
 from hgfast.info import collect  # noqa: E402
 from hgfast.reporting import is_kernel  # noqa: E402
 

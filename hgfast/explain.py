@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hgfast._containers import leaves
 from hgfast._culprit import reached
 from hgfast._table import Cell, render, rich_table
+from hgfast._timing import time_alternately
 from hgfast._warnings import HgfastWarning
-from hgfast.demo.timing import time_alternately
 from hgfast.models.checkpoint import read_file, tensors_in
 from hgfast.optimization import PRECISIONS, optimize
 from hgfast.plan import Plan, output_values

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hgfast
+from hgfast._timing import time_alternately
 from hgfast.demo import photos, train
 from hgfast.demo.common import SHIPPED, DemoError
 from hgfast.demo.evaluation import correct, held_out, pck, predict, to_input, to_pixels
 from hgfast.demo.figures import OCCLUDED, OUTSIDE, VISIBLE, render, render_many
 from hgfast.demo.skeleton import JOINTS
-from hgfast.demo.timing import time_alternately
 from hgfast.viz import SIDES, Row, draw_skeleton, heatmap_overlay, pose_page
 
 TRAINED = json.loads(SHIPPED.with_suffix(".json").read_text())

@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import hgfast
+from hgfast._timing import time_alternately
 from hgfast.demo.common import load_network, output_folder
 from hgfast.demo.evaluation import correct, held_out, pck, predict, to_input
 from hgfast.demo.figures import HELD_OUT, OUTSIDE, SIZE, render
-from hgfast.demo.timing import time_alternately
 from hgfast.models import StackedHourglass
 from hgfast.viz import Bars, Row, draw_skeleton, heatmap_overlay, pose_page
 
