@@ -1,0 +1,57 @@
+"""Which GPU kernels hgfast takes on its own: those with a committed result of a run on a GPU.
+
+One table. A feature without evidence is off; it is right as far as the emulator, the compiler and
+rehearsals on a CPU can tell, and whoever wants to try it sets ``HGFAST_UNPROVEN``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+#: The environment variable that switches unproven features on: their names with commas between
+#: them, or "all".
+UNPROVEN = "HGFAST_UNPROVEN"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A way to run steps on a GPU, and what says that it is right and faster there.
+
+    Attributes:
+        what: in words, for reports.
+        evidence: a file of ``benchmarks/results``; None: not yet run on a GPU.
+    """
+
+    what: str
+    evidence: str | None = None
+
+
+FEATURES = {
+    "graph": Feature('whole networks as CUDA graphs, cuda_graph="auto"'),
+    "stem": Feature("the 7x7 stem in a kernel of its own"),
+    "head": Feature("residual, 1x1, heatmaps and remerge in one kernel"),
+    "throughput": Feature("residual blocks on Hopper's warpgroup instructions (sm_90a)"),
+    "latency": Feature("residual blocks of small batches over clusters (sm_90a)"),
+}
+
+
+def asked_for() -> frozenset[str]:
+    """The features that ``HGFAST_UNPROVEN`` names.
+
+    Raises:
+        ValueError: it names something that is no feature.
+    """
+    names = [name.strip() for name in os.environ.get(UNPROVEN, "").split(",") if name.strip()]
+    if names == ["all"]:
+        return frozenset(FEATURES)
+    unknown = [name for name in names if name not in FEATURES]
+    if unknown:
+        known = ", ".join(FEATURES)
+        raise ValueError(f"{UNPROVEN} must be all, or of {known}; got {unknown[0]!r}")
+    return frozenset(names)
+
+
+def is_enabled(feature: str) -> bool:
+    """Whether a feature of :data:`FEATURES` is used without being asked for by an argument."""
+    return FEATURES[feature].evidence is not None or feature in asked_for()
