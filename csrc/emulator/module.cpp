@@ -33,6 +33,15 @@ py::dict counters() {
   d["shared_bytes_loaded"] = c.shared_bytes_loaded;
   d["shared_bytes_stored"] = c.shared_bytes_stored;
   d["async_bytes"] = c.async_bytes;
+  d["partial_barriers"] = c.partial_barriers;
+  d["cluster_barriers"] = c.cluster_barriers;
+  d["barrier_phases"] = c.barrier_phases;
+  d["warpgroup_products"] = c.warpgroup_products;
+  d["operand_bytes"] = c.operand_bytes;
+  d["tile_bytes"] = c.tile_bytes;
+  d["stored_tile_bytes"] = c.stored_tile_bytes;
+  d["bulk_bytes"] = c.bulk_bytes;
+  d["remote_bytes"] = c.remote_bytes;
   d["global_bytes_loaded"] = c.global_bytes_loaded;
   d["global_bytes_stored"] = c.global_bytes_stored;
   d["minimum_bytes"] = c.minimum_bytes;
