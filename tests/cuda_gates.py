@@ -138,6 +138,20 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
+def architectures(source: str) -> tuple[str, ...]:
+    """Those that a file of csrc/cuda is compiled for: ``hopper_*.cu`` for Hopper alone."""
+    return ("90a",) if source.startswith("hopper_") else ARCHITECTURES
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every (file name, architecture)."""
+    return [
+        (source.name, architecture)
+        for source in sources()
+        for architecture in architectures(source.name)
+    ]
+
+
 @functools.cache
 def flags() -> tuple[str, ...]:
     """What the build compiles device code with, but for architectures and file names.
@@ -223,13 +237,10 @@ def examine_all() -> dict[tuple[str, str], Compiled]:
     """Every file on every architecture: (file name, architecture) -> what is known."""
     CACHE.mkdir(parents=True, exist_ok=True)
     options = flags()
-    jobs = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
+    jobs = pairs()
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda job: _examine_once(*job, options), jobs)
-        return {
-            (source.name, architecture): result
-            for (source, architecture), result in zip(jobs, results, strict=True)
-        }
+        results = pool.map(lambda job: _examine_once(SOURCES / job[0], job[1], options), jobs)
+        return dict(zip(jobs, results, strict=True))
 
 
 def _examine_once(source: Path, architecture: str, options: tuple[str, ...]) -> Compiled:

@@ -38,8 +38,7 @@ MEANT = {
 }
 LOCAL_MEMORY = ("LDL", "STL")
 
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-each_source = pytest.mark.parametrize("source", [path.name for path in cuda_gates.sources()])
+each_source = pytest.mark.parametrize(("source", "architecture"), cuda_gates.pairs())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,6 @@ def result(compiled: dict[tuple[str, str], Compiled], source: str, architecture:
     return compiled[source, architecture]
 
 
-@each_architecture
 @each_source
 def test_every_kernel_was_read(result: Compiled) -> None:
     """The tools' formats change; then the other tests must not pass, seeing nothing."""
@@ -64,7 +62,6 @@ def test_every_kernel_was_read(result: Compiled) -> None:
         assert "hgfast" not in kernel.name
 
 
-@each_architecture
 @each_source
 def test_nothing_spills(result: Compiled) -> None:
     wrong = {
@@ -75,7 +72,6 @@ def test_nothing_spills(result: Compiled) -> None:
     assert not wrong, "\n".join(f"{name}: {what}" for name, what in wrong.items())
 
 
-@each_architecture
 @each_source
 def test_no_local_memory(result: Compiled) -> None:
     wrong = {
@@ -86,14 +82,12 @@ def test_no_local_memory(result: Compiled) -> None:
     assert not wrong
 
 
-@each_architecture
 @each_source
 def test_the_compiler_has_nothing_to_say(result: Compiled) -> None:
     """Such as that it serialised matrix instructions (C7512, C7519), or ignored a register cap."""
     assert result.complaints == []
 
 
-@each_architecture
 @each_source
 def test_a_block_fits_into_the_registers(result: Compiled) -> None:
     for kernel in result.kernels:
@@ -103,7 +97,6 @@ def test_a_block_fits_into_the_registers(result: Compiled) -> None:
         assert of_block <= REGISTERS, f"{kernel.name}: {kernel.registers} x {kernel.threads}"
 
 
-@each_architecture
 @each_source
 def test_made_of_the_instructions_meant(result: Compiled) -> None:
     for kernel in result.kernels:
