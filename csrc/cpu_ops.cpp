@@ -103,8 +103,8 @@ Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   last_path() = {"eager", "stem"};
   if (shape.batch == 0)
     return at::empty(result.sizes(), x.options().dtype(type), at::MemoryFormat::ChannelsLast);
-  Tensor t = x.to(at::kFloat, /*non_blocking=*/false, /*copy=*/false,
-                  at::MemoryFormat::ChannelsLast);
+  Tensor t =
+      x.to(at::kFloat, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::ChannelsLast);
   const auto channels = [](const Tensor& v) { return v.to(at::kFloat).view({1, -1, 1, 1}); };
   if (scale) t = at::addcmul(channels(*shift), t, channels(*scale));
   const std::vector<int64_t> two(2, 2), three(2, 3);

@@ -117,13 +117,13 @@ enum class Pixel : int { uint8, bfloat16, float16, float32 };
 
 struct StemParams {
   static constexpr int kChannels = 3, kKernel = 7;
-  Element element;               // of y and of the products
-  Pixel pixel;                   // of x
-  int64_t batch, height, width;  // of x; y is half as high and wide, rounded up
+  Element element;                              // of y and of the products
+  Pixel pixel;                                  // of x
+  int64_t batch, height, width;                 // of x; y is half as high and wide, rounded up
   int64_t x_batch, x_channel, x_row, x_column;  // strides in elements, at least 0
   int out;                                      // channels, a multiple of 16 up to 64
-  const void* x;  // an image has less than 2^31 elements from the first to the last
-  void* y;        // (batch, (height + 1) / 2, (width + 1) / 2, out)
+  const void* x;               // an image has less than 2^31 elements from the first to the last
+  void* y;                     // (batch, (height + 1) / 2, (width + 1) / 2, out)
   const float *scale, *shift;  // (3), or null
   const float* b;              // (stem_rows(out))
   const void* tape;
@@ -147,14 +147,14 @@ constexpr int stem_rows(int out) { return out <= 32 ? 32 : 64; }
 // into one matrix.
 struct HeadParams {
   Element element;
-  int64_t pixels;    // of all images
-  int in, middle;    // channels, multiples of 16
-  int joints;        // of heatmaps: any number up to kMostJoints, or 0: none are wanted
-  int out;           // of next: a multiple of 16, or 0: it is not wanted
-  const void* y;     // (pixels, in)
-  const void* x;     // (pixels, out), or null
-  void* heatmaps;    // (pixels, joints), and zeros up to a multiple of 16 bytes
-  void* next;        // (pixels, out)
+  int64_t pixels;             // of all images
+  int in, middle;             // channels, multiples of 16
+  int joints;                 // of heatmaps: any number up to kMostJoints, or 0: none are wanted
+  int out;                    // of next: a multiple of 16, or 0: it is not wanted
+  const void* y;              // (pixels, in)
+  const void* x;              // (pixels, out), or null
+  void* heatmaps;             // (pixels, joints), and zeros up to a multiple of 16 bytes
+  void* next;                 // (pixels, out)
   const float *b1, *bn, *bh;  // (tape.middle), (tape.out), (tape.joints)
   const void* tape;
 };
@@ -166,9 +166,7 @@ constexpr int kJointRows = 32;
 struct HeadTape {
   int chunk;                    // rows
   int in, middle, out, joints;  // padded
-  int64_t elements() const {
-    return int64_t{middle} * in + int64_t{out + joints} * middle;
-  }
+  int64_t elements() const { return int64_t{middle} * in + int64_t{out + joints} * middle; }
 };
 HeadTape head_tape(int in, int middle, int out, int joints);
 

@@ -45,14 +45,16 @@ struct Entry {
   cudaError_t (*launch)(const char*, StemParams, cudaStream_t);
 };
 
-#define HGFAST_ENTRY(element, T, rows)                                                       \
-  {Element::element,                       rows,                                             \
-   "stem<" #element ", " #rows ">",        StemConfig<T, rows / 8>::threads,                 \
-   StemConfig<T, rows / 8>::shared_bytes,  launch_stem<StemConfig<T, rows / 8>>}
-constexpr Entry kEntries[] = {HGFAST_ENTRY(bfloat16, BFloat16, 64),
-                              HGFAST_ENTRY(bfloat16, BFloat16, 32),
-                              HGFAST_ENTRY(float16, Float16, 64),
-                              HGFAST_ENTRY(float16, Float16, 32)};
+#define HGFAST_ENTRY(element, T, rows)    \
+  {Element::element,                      \
+   rows,                                  \
+   "stem<" #element ", " #rows ">",       \
+   StemConfig<T, rows / 8>::threads,      \
+   StemConfig<T, rows / 8>::shared_bytes, \
+   launch_stem<StemConfig<T, rows / 8>>}
+constexpr Entry kEntries[] = {
+    HGFAST_ENTRY(bfloat16, BFloat16, 64), HGFAST_ENTRY(bfloat16, BFloat16, 32),
+    HGFAST_ENTRY(float16, Float16, 64), HGFAST_ENTRY(float16, Float16, 32)};
 #undef HGFAST_ENTRY
 
 }  // namespace

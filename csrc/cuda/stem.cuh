@@ -25,6 +25,7 @@
 // make NaN of infinity: so it is masked.
 #pragma once
 
+#include "fragments.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -183,8 +184,8 @@ struct StemTile {
         for (int half = 0; half < 2; ++half) {
           const int pairs = 2 * step + half;  // the columns 8 * pairs + 2 * quad and the next
           const int row = 8 * pairs / kStemRow + (quad >= stem_row_begins(pairs) ? 1 : 0);
-          const Shared at = a_begin + i * 2 * kRowBytes + pairs * 16 +
-                            row * (kRowBytes - kStemRow * 2);
+          const Shared at =
+              a_begin + i * 2 * kRowBytes + pairs * 16 + row * (kRowBytes - kStemRow * 2);
           // Behind the last kernel row there are no pixels.
           const bool real = pairs < 19 || quad == 0;
           const uint32_t mask = quad == stem_row_ends(pairs) ? 0x0000ffffu : 0xffffffffu;
@@ -202,21 +203,6 @@ struct StemTile {
   }
 
   // ---- Output ----
-
-  // A quad's four lanes hold, of a pixel, two columns each of four fragments; afterwards all eight
-  // columns of one fragment, the one with the number of the lane.
-  HGFAST_DEVICE void transpose_quad(uint32_t (&v)[4]) const {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = quad & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32_t taken = shuffle_xor(upper ? v[i] : v[i + bit], bit);
-        (upper ? v[i] : v[i + bit]) = taken;
-      }
-    }
-  }
 
   HGFAST_DEVICE void store(const float (&sums)[Config::m][Config::n][4]) const {
     char* const out = static_cast<char*>(p.y) + int64_t{image} * height() * width() * p.out * 2;
