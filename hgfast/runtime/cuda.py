@@ -1,8 +1,9 @@
 """The CUDA executor: a Plan as a sequence of launches on the current stream.
 
-Residual blocks and joins run in hgfast's kernels, in bfloat16 or float16 with float32 sums. The
-other convolutions (stem, heads) run in cuDNN, their BatchNorms folded. Values are channels_last
-throughout. Nothing waits for the device, so a run may stand in a CUDA graph capture.
+Residual blocks and joins run in hgfast's kernels, in bfloat16 or float16 with float32 sums; so do
+the stem and the heads where that is switched on (:mod:`hgfast.runtime.evidence`). The other
+convolutions run in cuDNN, their BatchNorms folded. Values are channels_last throughout. Nothing
+waits for the device, so a run may stand in a CUDA graph capture.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import plain
+from hgfast.runtime import evidence, fusions, plain
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 Values = dict[int, Tensor]
@@ -36,15 +37,21 @@ class Kernels:
     """The kernels that an executor launches: a GPU's, or the emulated ones in tests.
 
     Args:
-        native: the module with ``CudaBottleneck``.
+        native: the module with ``CudaBottleneck``, ``CudaStem`` and ``CudaHead``.
         ops: the namespace of the public ops.
         device: where they run.
     """
 
     def __init__(self, native: Any, ops: Any, device: torch.device) -> None:
         self.bottleneck = native.CudaBottleneck
+        self.stem = native.CudaStem
+        self.head = native.CudaHead
         self.ops = ops
         self.device = device
+
+    def takes_head(self, head: fusions.Head) -> bool:
+        """Whether a kernel takes what follows an hourglass as one."""
+        return not self.head.obstacle(self.device, *head.channels)
 
     def obstacle(self, step: Step, channels: int | None = None) -> str | None:
         """Why no kernel takes this step, in words; None if one does, or cuDNN runs it.
@@ -151,6 +158,20 @@ class CudaExecutor:
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
         self._channels = channels_of(plan)
+        self._stems = {
+            step.output
+            for step in plan.steps
+            if evidence.is_enabled("stem") and fusions.is_stem(step)
+        }
+        heads = (
+            fusions.heads(plan.steps, plan.inputs, self._outputs, kernels.takes_head)
+            if evidence.is_enabled("head")
+            else []
+        )
+        self._heads = {step.output: head for head in heads for step in head.steps}
+        # A stem reads the caller's tensor as it is: what only stems read is not converted.
+        others = {n for step in plan.steps if step.output not in self._stems for n in step.inputs}
+        self._raw = set(plan.inputs) - others - set(self._outputs)
         self._fitting: set[tuple[torch.Size, ...]] = set()  # shapes of inputs seen to fit
         self._weights: list[Tensor] = []  # what was packed
         with torch.inference_mode():
@@ -181,7 +202,9 @@ class CudaExecutor:
         values: Values = {}
         with torch.no_grad():
             for number, x in zip(self._plan.inputs, inputs, strict=True):
-                values[number] = x.to(self._element, memory_format=torch.channels_last)
+                if number not in self._raw:
+                    x = x.to(self._element, memory_format=torch.channels_last)
+                values[number] = x
             for launch, output, dead in self._launches:
                 values[output] = launch(values)
                 for number in dead:
@@ -203,6 +226,10 @@ class CudaExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
+        if step.output in self._stems:
+            return f"{self.backend} stem"
+        if step.output in self._heads:
+            return f"{self.backend} head"
         reason = self._obstacle(step)
         if reason:
             return f"eager: {reason}"
@@ -233,8 +260,12 @@ class CudaExecutor:
         for step in steps:
             if step.output in pools:
                 continue
-            launch, reads = self._launch(step, weights, pools)
-            arranged.append((launch, step.output, reads))
+            head = self._heads.get(step.output)
+            if head is None:
+                launch, reads = self._launch(step, weights, pools)
+                arranged.append((launch, step.output, reads))
+            elif step is head.features:
+                arranged.append(self._launch_head(head, weights))
         kept, result = set(self._outputs), []
         for launch, output, reads in reversed(arranged):
             dead = tuple(number for number in dict.fromkeys(reads) if number not in kept)
@@ -263,6 +294,11 @@ class CudaExecutor:
             return (
                 lambda v: block.run(v[source], None if other is None else v[other], pool)
             ), reads
+        if step.output in self._stems:
+            assert isinstance(step, Conv)
+            stem = self._kernels.stem(self._element, *conv_weights(step, weights)[:2])
+            self._weights += stem.tensors()
+            return (lambda v: stem.run(v[x])), step.inputs
         if isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             weight = weight.to(self._element, memory_format=torch.channels_last)
@@ -290,6 +326,36 @@ class CudaExecutor:
                 lambda v: ops.conv(v[x], weight, bias, add=None if other is None else v[other])
             ), step.inputs
         return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
+
+    def _launch_head(
+        self, head: fusions.Head, weights: Mapping[str, Tensor]
+    ) -> tuple[Callable[[Values], Tensor], int, tuple[int, ...]]:
+        """A head with its weights bound, the value it gives, and those it reads.
+
+        Where it gives two, its launch puts the heatmaps into the values itself.
+        """
+        heatmaps, merge = head.heatmaps, head.merge
+        none = (None, None)
+        kernel = self._kernels.head(
+            self._element,
+            *conv_weights(head.features, weights)[:2],
+            *(conv_weights(heatmaps, weights)[:2] if heatmaps else none),
+            *(remerge_weights(merge, weights) if merge else none),
+        )
+        self._weights += kernel.tensors()
+        y, *others = head.reads
+
+        def launch(values: Values) -> Tensor:
+            maps, following = kernel.run(values[y], *(values[x] for x in others))
+            if merge is None:
+                result: Tensor = maps
+                return result
+            if heatmaps is not None:
+                values[heatmaps.output] = maps
+            result = following
+            return result
+
+        return launch, (merge or head.steps[-1]).output, head.reads
 
 
 def _is_prologue(step: Pool) -> bool:
