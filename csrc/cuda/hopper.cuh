@@ -328,6 +328,21 @@ HGFAST_DEVICE void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// ---- More of barriers
+// --------------------------------------------------------------------------------
+
+// As wait_barrier(), where nobody of another block arrives: without dropping what the
+// multiprocessor has of global memory in its L1 cache, as one that waits for other blocks must.
+HGFAST_DEVICE void wait_own_barrier(Barrier barrier, int parity) {
+  asm volatile(
+      "{.reg .pred over;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%0], %1;\n\t"
+      "@!over bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 }  // namespace hgfast::cuda
 
 #endif  // HGFAST_EMULATE

@@ -57,8 +57,12 @@ struct Instance {
   }
   static cudaError_t launch(const LatencyVariant& variant, const BottleneckParams& block,
                             bool programmatic, int shared_limit, cudaStream_t stream) {
-    LatencyParams p{block, programmatic, variant.cluster, variant.slots,
-                    latency_tape(block.in, block.middle, block.out, block.project), {}};
+    LatencyParams p{block,
+                    programmatic,
+                    variant.cluster,
+                    variant.slots,
+                    latency_tape(block.in, block.middle, block.out, block.project),
+                    {}};
     p.at = latency_layout<Config>(block, p.order, variant.cluster);
     Grid grid{variant.blocks, variant.threads, variant.shared_bytes, shared_limit};
     grid.cluster = variant.cluster;

@@ -48,16 +48,17 @@ struct LatencyConfig {
   static_assert(warps % strips == 0);
 
   // What a stage holds, for each strip: so many units of conv1, triples (of rows of the window) of
-  // conv2, one for each group of warps, and units of conv3. Even where x is summed: two units are
-  // one load of it.
+  // conv2, one for each group of warps, and units of conv3. Where x is summed, two units are one
+  // load of it, and so many are under way at a time twice.
   static constexpr int slot_units = 24, slot_bytes = slot_units * LatencyTape::kUnit;
-  static constexpr int steps1 = slot_units / strips / 2 * 2;
+  static constexpr int steps1 = strips == 1 ? 16 : strips == 2 ? 8 : 6;
   static constexpr int steps2 = 3 * groups;
-  static constexpr int steps3 = strips == 4 ? 2 : slot_units / out_strips / 2 * 2;
-  static_assert(steps2 * strips <= slot_units && steps3 * out_strips <= slot_units);
-
-  // Loads of x under way at a time: 32 channels of two pixels each.
-  static constexpr int fetches = strips == 4 ? 4 : 8;
+  static constexpr int steps3 = strips == 1 ? 12 : strips == 2 ? 6 : 2;
+  static constexpr int fetches1 = strips == 4 ? 3 : 4;
+  static constexpr int fetches3 = strips == 4 ? 1 : 3;
+  static_assert(steps1 * strips <= slot_units && steps1 / 2 % fetches1 == 0);
+  static_assert(steps2 * strips <= slot_units);
+  static_assert(steps3 * out_strips <= slot_units && steps3 / 2 % fetches3 == 0);
 };
 
 // A slot has two barriers; and there is one for the vectors.
@@ -148,6 +149,7 @@ struct LatencyTile {
     }
     const int bytes = (length - first < steps ? length - first : steps) * kUnit;
     arrive_expecting(filled(into), strips * bytes);
+#pragma unroll 1
     for (int strip = 0; strip < strips; ++strip)
       load_bulk(slot_address(into) + strip * steps * kUnit,
                 static_cast<const char*>(p.tape) +
@@ -182,22 +184,24 @@ struct LatencyTile {
   HGFAST_DEVICE void begin() {
     if (thread_index() == 0) {
       init_barrier(vectors_there(), 1);
+#pragma unroll 1
       for (int i = 0; i < slots; ++i) {
         init_barrier(filled(i), 1);
         init_barrier(emptied(i), Config::warps);
       }
       fence_barriers();
       ask_for_vectors();
+#pragma unroll 1
       for (int i = 0; i < slots; ++i) ask(i, i);
     }
     sync_block();
     let_next_kernel_begin();
     arrive_cluster();  // that this block is there
     wait_for_previous_kernel();
-    wait_barrier(vectors_there(), 0);
+    wait_own_barrier(vectors_there(), 0);
   }
 
-  // To the next stage. What the one before held, nobody of this warp needs any more; two stages
+  // To the next stage. What the one before held, nobody of this warp needs any more; a stage
   // later, when all warps have said so, its slot is filled again.
   HGFAST_DEVICE void step() {
     if (slots < at.stages) {
@@ -205,8 +209,8 @@ struct LatencyTile {
       if (stage >= 0 && lane == 0) arrive(emptied(slot));
       const int again = stage - 1;  // the stage whose slot is to be filled
       if (thread_index() == 0 && again >= 0 && again + slots < at.stages) {
-        const int into = again % slots;
-        wait_barrier(emptied(into), again / slots % 2);
+        const int into = slot == 0 ? slots - 1 : slot - 1;
+        wait_own_barrier(emptied(into), slot == 0 ? parity ^ 1 : parity);
         ask(again + slots, into);
       }
       sync_warp();
@@ -214,7 +218,7 @@ struct LatencyTile {
     ++stage;
     if (++slot == slots) slot = 0;
     if (slot == 0) parity ^= 1;
-    wait_barrier(filled(slot), parity);
+    wait_own_barrier(filled(slot), parity);
   }
 
   // ---- Pixels ----
@@ -272,48 +276,56 @@ struct LatencyTile {
 
   // sums of so many strips, from `first` on, += t of two rows of pixels * weights, over all
   // channels of t, that is of x, with BN-ReLU if `active`. A stage has `steps` units for a strip.
-  template <int steps, bool active>
+  // Loads run `fetches` pairs of units ahead.
+  template <int steps, int fetches, bool active>
   HGFAST_DEVICE void add_input(float (&sums)[Config::strips][2][4], const int (&offset)[2],
                                bool works, int first, int strips) {
     const int slices = padded_in() / 32;
-    for (int begin = 0; begin < slices; begin += Config::fetches) {
-      uint4 raw[Config::fetches][2];
+    uint4 now[fetches][2] = {};
+#pragma unroll 1  // one copy of all this: what runs once must first be read
+    for (int begin = -fetches; begin < slices; begin += fetches) {
+      uint4 next[fetches][2];
 #pragma unroll
-      for (int i = 0; i < Config::fetches; ++i) {
+      for (int i = 0; i < fetches; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int channel = (begin + i) * 32 + quad * 8;
-          raw[i][half] = offset[half] >= 0 && channel < p.in ? load_input(offset[half], channel)
-                                                             : uint4{0, 0, 0, 0};
+          const int channel = (begin + fetches + i) * 32 + quad * 8;
+          next[i][half] = offset[half] >= 0 && channel < p.in ? load_input(offset[half], channel)
+                                                              : uint4{0, 0, 0, 0};
+        }
+      }
+      if (begin >= 0) {
+        if (2 * begin % steps == 0) step();
+#pragma unroll
+        for (int i = 0; i < fetches; ++i) {
+          const int slice = begin + i;
+          if (!works || slice >= slices) break;
+          if (active && p.scale) {
+            const int before = (slice * 32 + quad * 8) * 4;
+            const float4 by[] = {load_shared<float4>(scale() + before),
+                                 load_shared<float4>(scale() + before + 16)};
+            const float4 plus[] = {load_shared<float4>(shift() + before),
+                                   load_shared<float4>(shift() + before + 16)};
+            activate(now[i][0], by, plus);
+            activate(now[i][1], by, plus);
+          }
+          const uint4 upper = now[i][0], lower = now[i][1];
+          const uint32_t a[2][4] = {{upper.x, lower.x, upper.y, lower.y},
+                                    {upper.z, lower.z, upper.w, lower.w}};
+          const Shared units = slot_address(slot) + 2 * slice % steps * kUnit;
+#pragma unroll
+          for (int n = 0; n < Config::strips; ++n) {
+            if (n >= strips) break;
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              multiply(sums[n], a[j], units + ((first + n) * steps + j) * kUnit);
+          }
         }
       }
 #pragma unroll
-      for (int i = 0; i < Config::fetches; ++i) {
-        const int slice = begin + i;
-        if (slice >= slices) break;
-        if (2 * slice % steps == 0) step();
-        if (!works) continue;
-        if (active && p.scale) {
-          const int before = (slice * 32 + quad * 8) * 4;
-          const float4 by[] = {load_shared<float4>(scale() + before),
-                               load_shared<float4>(scale() + before + 16)};
-          const float4 plus[] = {load_shared<float4>(shift() + before),
-                                 load_shared<float4>(shift() + before + 16)};
-          activate(raw[i][0], by, plus);
-          activate(raw[i][1], by, plus);
-        }
-        const uint4 upper = raw[i][0], lower = raw[i][1];
-        const uint32_t a[2][4] = {{upper.x, lower.x, upper.y, lower.y},
-                                  {upper.z, lower.z, upper.w, lower.w}};
-        const Shared units = slot_address(slot) + 2 * slice % steps * kUnit;
+      for (int i = 0; i < fetches; ++i)
 #pragma unroll
-        for (int n = 0; n < Config::strips; ++n) {
-          if (n >= strips) break;
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-            multiply(sums[n], a[j], units + ((first + n) * steps + j) * kUnit);
-        }
-      }
+        for (int half = 0; half < 2; ++half) now[i][half] = next[i][half];
     }
   }
 
@@ -338,6 +350,7 @@ struct LatencyTile {
     if (kept < 0) return;
     const uint4 piece = kept ? uint4{v[0], v[1], v[2], v[3]} : uint4{0, 0, 0, 0};
     const int column = ((rank * at.strips + strip) * 2 + quad % 2) * 16;
+#pragma unroll 1
     for (int i = 0; i < cluster; ++i)
       store_remote(to + row * at.row + column, other_block(i), piece);
   }
@@ -354,7 +367,7 @@ struct LatencyTile {
                          : -1;
     }
     const bool works = first < Config::halo * Config::halo;
-    add_input<Config::steps1, true>(sums, offset, works, 0, at.strips);
+    add_input<Config::steps1, Config::fetches1, true>(sums, offset, works, 0, at.strips);
     wait_cluster();  // all blocks are there
     if (works) {
 #pragma unroll
@@ -377,6 +390,7 @@ struct LatencyTile {
     const Shared mine = shared_memory() + at.t1 +
                         (lane / 8 % 2 * Config::halo + lane % 8) * at.row + lane / 16 * 16;
     wait_cluster();  // T1 is whole
+#pragma unroll 1
     for (int begin = 0; begin < 3 * parts; begin += Config::groups) {
       step();
       const int triple = begin + group;
@@ -419,6 +433,7 @@ struct LatencyTile {
         store_shared(fragment(number, m, n),
                      float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
     sync_block();
+#pragma unroll 1
     for (int unit = warp; unit < 4 * at.strips; unit += Config::warps) {
       const int m = unit % 4, strip = unit / 4;
       float total[2][4] = {};
@@ -441,6 +456,7 @@ struct LatencyTile {
     const int first = warp % 4 * 16;                      // row
     const int before = warp / 4 * Config::strips;         // strips of a pass that others have
     const int slices = p.project ? padded_in() / 16 : 0;  // units of the projection
+#pragma unroll 1
     for (int pass = 0; pass < at.passes; ++pass) {
       float sums[Config::strips][2][4] = {};
       int strips = at.out_strips - out_begin(pass) - before;
@@ -455,11 +471,6 @@ struct LatencyTile {
       const bool real = inside(y, x);
       const int channel = (rank * at.out_strips + out_begin(pass) + before) * 16 + quad % 2 * 8;
       uint4 shortcut[Config::strips] = {};
-      if (!p.project && real) {
-#pragma unroll
-        for (int n = 0; n < Config::strips; ++n)
-          if (n < strips) shortcut[n] = load_input(offset_of(y, x), channel + n * 16);
-      }
       if (p.project) {
         int offset[2];
 #pragma unroll
@@ -468,21 +479,31 @@ struct LatencyTile {
           place(first + half * 8 + lane / 4, row, column);
           offset[half] = offset_of(row, column);
         }
-        add_input<Config::steps3, false>(sums, offset, strips > 0, before, strips);
+        add_input<Config::steps3, Config::fetches3, false>(sums, offset, strips > 0, before,
+                                                           strips);
+      } else if (real) {
+#pragma unroll
+        for (int n = 0; n < Config::strips; ++n)
+          if (n < strips) shortcut[n] = load_input(offset_of(y, x), channel + n * 16);
       }
       if (pass == 0) wait_cluster();  // T2 is whole
       const Shared mine = shared_memory() + at.t2 + (first + lane % 16) * at.row + lane / 16 * 16;
-      for (int part = 0; part < p.middle / 16; ++part) {
-        const int unit = (slices + part) % Config::steps3;
+      const int parts = p.middle / 16;
+#pragma unroll 1
+      for (int part = 0, unit = slices % Config::steps3; part < parts; unit = 0) {
         if (unit == 0) step();
-        if (strips <= 0) continue;
-        uint32_t a[4];
-        load_matrices(a, mine + part * 32);
+        const int rest = parts - part;
+        const int count = rest < Config::steps3 - unit ? rest : Config::steps3 - unit;
+        const Shared units = slot_address(slot) + (before * Config::steps3 + unit) * kUnit;
+#pragma unroll 2
+        for (int i = 0; i < count; ++i) {
+          uint32_t a[4];
+          load_matrices(a, mine + (part + i) * 32);
 #pragma unroll
-        for (int n = 0; n < Config::strips; ++n) {
-          if (n >= strips) break;
-          multiply(sums[n], a, slot_address(slot) + ((before + n) * Config::steps3 + unit) * kUnit);
+          for (int n = 0; n < Config::strips; ++n)
+            if (n < strips) multiply(sums[n], a, units + (n * Config::steps3 + i) * kUnit);
         }
+        part += count;
       }
       store_output(sums, shortcut, strips, y, x, channel, out_begin(pass) + before);
     }

@@ -141,4 +141,9 @@ void raise_registers(emulator::Place place = emulator::here()) {
 inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline void let_next_kernel_begin() {}
 
+inline void wait_own_barrier(Barrier barrier, int parity,
+                             emulator::Place place = emulator::here()) {
+  emulator::wait_barrier(barrier, parity, place);
+}
+
 }  // namespace hgfast::cuda
