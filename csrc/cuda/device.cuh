@@ -40,6 +40,7 @@ namespace hgfast::cuda {
 
 HGFAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 HGFAST_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+HGFAST_DEVICE int grid_size() { return static_cast<int>(gridDim.x); }  // blocks
 
 // All threads of the block; orders their accesses to shared and global memory.
 HGFAST_DEVICE void sync_block() { __syncthreads(); }

@@ -57,8 +57,17 @@ void Block::init_barrier(uint32_t address, int arrivals, Place place) {
       fail_shared(fault, "init_barrier", true, address + i, thread_, place, *this);
   const int agent = cluster_->new_agent();
   if (agent < 0) fail("bad barrier", thread_, "too many barriers for the emulator");
-  barriers_.push_back({address, static_cast<uint32_t>(agent), arrivals, arrivals, 0, 0, asker.agent,
-                       asker.time, {}, Clocks::kNothing, {}});
+  barriers_.push_back({address,
+                       static_cast<uint32_t>(agent),
+                       arrivals,
+                       arrivals,
+                       0,
+                       0,
+                       asker.agent,
+                       asker.time,
+                       {},
+                       Clocks::kNothing,
+                       {}});
 }
 
 Block::BarrierState& Block::barrier_at(Block& owner, const char* function, uint32_t address,
@@ -81,11 +90,12 @@ void Block::arrive(uint32_t address, int rank, int bytes, const char* function, 
   Block& owner = rank < 0 ? *this : other_block(function, rank, place);
   BarrierState& barrier = barrier_at(owner, function, address, place);
   if (barrier.missing == 0)
-    fail("too many arrivals", thread_,
-         "%s at %s:%d: the phase of the barrier at byte offset %u has all its %d arrivals and waits "
-         "for %lld bytes",
-         function, place.file, place.line, address - SharedMemory::kBase, barrier.arrivals,
-         static_cast<long long>(barrier.bytes));
+    fail(
+        "too many arrivals", thread_,
+        "%s at %s:%d: the phase of the barrier at byte offset %u has all its %d arrivals and waits "
+        "for %lld bytes",
+        function, place.file, place.line, address - SharedMemory::kBase, barrier.arrivals,
+        static_cast<long long>(barrier.bytes));
   if (&owner != this) owner.note_remote(asker(thread_, place), function);
   barrier.bytes += bytes;
   --barrier.missing;
@@ -134,8 +144,8 @@ void Block::arrive_cluster(Place place) {
   Thread& thread = thread_states_[thread_];
   Cluster::Gate& gate = cluster_->gate;
   if (thread.at_gate)
-    fail("divergent barrier", thread_, "arrive_cluster at %s:%d, with no wait_cluster since the last",
-         place.file, place.line);
+    fail("divergent barrier", thread_,
+         "arrive_cluster at %s:%d, with no wait_cluster since the last", place.file, place.line);
   thread.at_gate = true;
   thread.gate_phase = gate.phase;
   gather(gate.gathered, thread_);

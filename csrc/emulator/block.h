@@ -49,6 +49,7 @@ class Block {
   int thread() const { return thread_; }
   int64_t index() const { return index_; }
   int rank() const { return rank_; }
+  int grid_size() const { return static_cast<int>(launch_->blocks); }
 
   void sync_block(Place);
   void sync_some(int number, int threads, Place);
@@ -99,8 +100,7 @@ class Block {
     uint64_t a_operand, b;
     bool accumulate;
   };
-  using Multiply = void (*)(float* d, int n, const uint32_t (&a)[16][8],
-                            const uint32_t* const* b);
+  using Multiply = void (*)(float* d, int n, const uint32_t (&a)[16][8], const uint32_t* const* b);
   void add_product(const Product* const (&lanes)[kLanes], Multiply, Place);
   void begin_products(Place);
   void commit_products(Place);
@@ -240,7 +240,7 @@ class Block {
   Stamp stamp(int thread, Place);
   uint32_t agent(int thread) const;
   Asker asker(int thread, Place place);
-  void learn(Thread&, int clock);             // takes the reference
+  void learn(Thread&, int clock);              // takes the reference
   void gather(Clocks::Gathered&, int thread);  // tells what the thread knows and did
   int distinct_askers(Asker (&askers)[kLanes], Place);
 

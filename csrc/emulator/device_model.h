@@ -19,6 +19,7 @@ namespace emulator {
 // What stands behind the functions below; see block.h.
 int thread_index();
 int block_index();
+int grid_size();
 void sync_block(Place);
 void sync_warp(Place);
 uint32_t shuffle_xor_bits(uint32_t value, int mask, Place);
@@ -47,6 +48,7 @@ float float_of_bits(uint32_t bits);
 
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_index() { return emulator::block_index(); }
+inline int grid_size() { return emulator::grid_size(); }
 
 inline void sync_block(emulator::Place place = emulator::here()) { emulator::sync_block(place); }
 inline void sync_warp(emulator::Place place = emulator::here()) { emulator::sync_warp(place); }

@@ -41,16 +41,14 @@ void wait_for_previous_kernel();
 
 }  // namespace emulator
 
-inline void init_barrier(Barrier barrier, int arrivals,
-                         emulator::Place place = emulator::here()) {
+inline void init_barrier(Barrier barrier, int arrivals, emulator::Place place = emulator::here()) {
   emulator::init_barrier(barrier, arrivals, place);
 }
 inline void fence_barriers() { emulator::fence_barriers(); }
 inline void arrive(Barrier barrier, emulator::Place place = emulator::here()) {
   emulator::arrive(barrier, -1, 0, "arrive", place);
 }
-inline void arrive_expecting(Barrier barrier, int bytes,
-                             emulator::Place place = emulator::here()) {
+inline void arrive_expecting(Barrier barrier, int bytes, emulator::Place place = emulator::here()) {
   emulator::arrive(barrier, -1, bytes, "arrive_expecting", place);
 }
 inline void arrive_at(Barrier barrier, int rank, emulator::Place place = emulator::here()) {

@@ -68,11 +68,11 @@ void Block::visit_box(const TensorMap& map, const int* at, Visit&& visit) {
         const bool inside = channel >= 0 && channel < s.channels && column >= 0 &&
                             column < s.width && row >= 0 && row < s.height && image >= 0 &&
                             image < s.batch;
-        visit(offset, inside ? map.address + (((image * s.height + row) * s.width + column) *
-                                                  s.channels +
-                                              channel) *
-                                                 2
-                             : nullptr);
+        visit(offset,
+              inside
+                  ? map.address +
+                        (((image * s.height + row) * s.width + column) * s.channels + channel) * 2
+                  : nullptr);
       }
 }
 
@@ -107,8 +107,8 @@ void Block::load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, const
       fail_shared(fault, "load_tile", true, to + i, thread_, place, *this);
   std::memset(shared_.at(to), 0xff, bytes);
   counters_.tile_bytes += bytes;
-  cluster_->begin_copy({rank_, to, barrier, nullptr, bytes, &map, {at[0], at[1], at[2], at[3]},
-                        asker.by});
+  cluster_->begin_copy(
+      {rank_, to, barrier, nullptr, bytes, &map, {at[0], at[1], at[2], at[3]}, asker.by});
 }
 
 // ranks 0: into this block alone.
@@ -177,7 +177,8 @@ void Block::store_tile(const TensorMap& map, uint32_t from, const int (&at)[4], 
   visit_box(map, at, [&](uint32_t, const char* to) {
     if (to) check_global("store_tile", to, 16, true, 16, place);
   });
-  thread.stores.push_back({&map, from, {at[0], at[1], at[2], at[3]}, asker.by, thread.store_groups});
+  thread.stores.push_back(
+      {&map, from, {at[0], at[1], at[2], at[3]}, asker.by, thread.store_groups});
 }
 
 void Block::commit_stores() { ++thread_states_[thread_].store_groups; }
