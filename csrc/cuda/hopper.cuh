@@ -94,12 +94,14 @@ HGFAST_DEVICE void arrive_expecting(Barrier barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Arrives at the same barrier of another block of the cluster.
+// Arrives at the same barrier of another block of the cluster, behind this thread's reads. (Behind
+// its writes to other blocks' shared memory it would need a fence, which takes longer than a
+// barrier of the cluster.)
 HGFAST_DEVICE void arrive_at(Barrier barrier, int rank) {
   asm volatile(
       "{.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }

@@ -32,7 +32,7 @@
 //
 // Redundant: 384 rows are multiplied for the 324 pixels of T1, 256 of them needed: 7.7 %.
 //
-// Registers: 96 for each of 640 threads when it begins; the producers keep 24, the consumers take
+// Registers: 96 for each of 640 threads when it begins; the producers keep 32, the consumers take
 // 112: 64 sums, or 32 and 32 of fragments.
 #pragma once
 
@@ -190,19 +190,23 @@ struct HopperProducer : HopperLayout {
 template <class T>
 struct HopperConsumer : HopperLayout {
   const HopperTileParams& p;
-  const int lane = thread_index() % kWarp;
-  const int warp = thread_index() / kWarp % 4;
-  const int group = thread_index() / kWarpgroup;
-  // In fragments: the row whose address this lane gives, its column (0 or 1, of 8 channels). In
-  // sums: the first row and the pair of columns.
-  const int matrix_row = lane % 16, matrix_column = lane / 16;
-  const int sum_row = lane / 4, quad = lane % 4;
+  const int group = uniform(thread_index() / kWarpgroup);
+  const int warp = uniform(thread_index() / kWarp % 4);
 
   HopperStage at;
-  // Stages that y is being stored from.
-  int held = -1, held_count = 0;
+  // The first of the stages that y is being stored from; -1: it is not.
+  int held = -1;
 
   HGFAST_DEVICE explicit HopperConsumer(const HopperTileParams& params) : p(params) {}
+
+  // Registers are scarce: what follows from the lane's number is computed where it is needed.
+  HGFAST_DEVICE static int lane() { return forget(thread_index()) % kWarp; }
+  // In fragments: the row whose address this lane gives, its column (0 or 1, of 8 channels). In
+  // sums: the first row and the pair of columns.
+  HGFAST_DEVICE static int matrix_row() { return lane() % 16; }
+  HGFAST_DEVICE static int matrix_column() { return lane() / 16; }
+  HGFAST_DEVICE static int sum_row() { return lane() / 4; }
+  HGFAST_DEVICE static int quad() { return lane() % 4; }
 
   // ---- The ring ----
 
@@ -216,18 +220,17 @@ struct HopperConsumer : HopperLayout {
   // products before wait_products.
   HGFAST_DEVICE void release(int stage) const {
     sync_warp();
-    if (lane < kCluster) arrive_at(empty(stage), lane);
+    if (lane() < kCluster) arrive_at(empty(stage), lane());
   }
-  HGFAST_DEVICE void hold(int stage) {
-    if (held_count++ == 0) held = stage;
-  }
+  // The stages that y is being stored from.
   HGFAST_DEVICE void release_held() {
-    if (!held_count) return;
-    if (lane == 0) wait_stores<0>();
-    for (; held_count; --held_count) {
+    if (held < 0) return;
+    if (lane() == 0) wait_stores<0>();
+    for (int i = p.pooled ? 3 : 2; i > 0; --i) {
       release(held);
       held = held + 1 == kStages ? 0 : held + 1;
     }
+    held = -1;
   }
 
   // ---- Pixels ----
@@ -247,9 +250,10 @@ struct HopperConsumer : HopperLayout {
   // Sums begin with the bias: lane's columns of the channels from `bias` on.
   template <int n>
   HGFAST_DEVICE void start(float (&sums)[n], const float* bias) const {
+    const float* const first = bias + quad() * 2;
 #pragma unroll
     for (int i = 0; i < n / 4; ++i) {
-      const float2 b = load_global<float2>(bias + i * 8 + quad * 2);
+      const float2 b = load_global_now(first + i * 8);
       sums[4 * i] = sums[4 * i + 2] = b.x;
       sums[4 * i + 1] = sums[4 * i + 3] = b.y;
     }
@@ -257,11 +261,11 @@ struct HopperConsumer : HopperLayout {
   // BN-ReLU on 16 pixels and the 16 channels from `channel` on.
   HGFAST_DEVICE void activate(uint32_t (&a)[4], int channel) const {
     if (!p.block.scale) return;
+    const int first = channel + quad() * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int first = channel + half * 8 + quad * 2;
-      const float2 by = load_global<float2>(p.block.scale + first);
-      const float2 plus = load_global<float2>(p.block.shift + first);
+      const float2 by = load_global<float2>(p.block.scale + first + half * 8);
+      const float2 plus = load_global<float2>(p.block.shift + first + half * 8);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float2 value = unpack<T>(a[half * 2 + i]);
@@ -275,24 +279,31 @@ struct HopperConsumer : HopperLayout {
     return operand(HopperLayout::stage(stage) + (sixteen * 2 * rows + row) * 16, rows * 16, 128);
   }
 
-  // sums += (a slice of x) * weights: 32 channels of this group's quarter.
+  // sums += (16 pixels of a slice of x, each lane's in a row of its own) * weights: 32 channels,
+  // for the rows of weights from `row` on.
   template <bool normed, int n>
-  HGFAST_DEVICE void multiply_quarter(float (&sums)[n], int slice, int of, int half, int channel) {
-    const Shared base = stage(slice) + group * kQuarter;
+  HGFAST_DEVICE void multiply_slice(float (&sums)[n], Shared slice, int matrix_row, int channel,
+                                    int of, int half, int rows, int row) const {
     uint32_t a[2][4];
+    const int column = matrix_column();
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-      load_matrices(a[k], piece(base, warp * 16 + matrix_row, k * 2 + matrix_column));
-    release(slice);
-    if (normed) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) activate(a[k], channel + k * 16);
+    for (int k = 0; k < 2; ++k) {
+      load_matrices(a[k], piece(slice, matrix_row, k * 2 + column));
+      if (normed) activate(a[k], channel + k * 16);
     }
     begin_products();
 #pragma unroll
-    for (int k = 0; k < 2; ++k) add_product<T>(sums, a[k], weights(of, half * 2 + k, 2 * n));
+    for (int k = 0; k < 2; ++k) add_product<T>(sums, a[k], weights(of, half * 2 + k, rows, row));
     commit_products();
     wait_products<0>();
+  }
+  // Of this group's quarter.
+  template <bool normed, int n>
+  HGFAST_DEVICE void multiply_quarter(float (&sums)[n], int channel, int of, int half) {
+    const int x = take();
+    multiply_slice<normed>(sums, stage(x) + group * kQuarter, warp * 16 + matrix_row(), channel, of,
+                           half, 2 * n, 0);
+    release(x);
   }
 
   // ---- conv1 ----
@@ -304,14 +315,14 @@ struct HopperConsumer : HopperLayout {
       const int of = take();
 #pragma unroll 1
       for (int half = 0; half < 2; ++half)
-        multiply_quarter<true>(sums, take(), of, half, column + half * kSlice);
+        multiply_quarter<true>(sums, column + half * kSlice, of, half);
       release(of);
     }
 
     sync_some(1, kConsumers);  // nobody reads the last tile's T1 any more
-    const int y = quarter_y() + warp * 2, x = quarter_x();
-    const bool upper = inside(tile.y + y, tile.x + x + sum_row);
-    const bool lower = inside(tile.y + y + 1, tile.x + x + sum_row);
+    const int y = quarter_y() + warp * 2, x = quarter_x(), lane = this->lane();
+    const bool upper = inside(tile.y + y, tile.x + x + lane / 4);
+    const bool lower = inside(tile.y + y + 1, tile.x + x + lane / 4);
     const Shared to = t1(1 + y + lane / 8 % 2, 1 + x + lane % 8) + lane / 16 * kPlane;
 #pragma unroll
     for (int n = 0; n < 16; n += 2) {
@@ -343,39 +354,35 @@ struct HopperConsumer : HopperLayout {
   HGFAST_DEVICE void conv1_around(const HopperTilePlace& tile) {
     const int first_row = group % 2 * 64 + warp * 16, first_channel = group / 2 * 64;
     float sums[32];
-    start(sums, p.block.b1 + first_channel);
-    const int pixel = first_row + matrix_row;
+    // Not the bias: its loads would come before the stores above, where registers are short.
+#pragma unroll
+    for (float& sum : sums) sum = 0;
+    const int pixel = first_row + matrix_row();
     const Around from = around(pixel < kAround ? pixel : kAround - 1);
     for (int column = 0; column < p.block.in; column += HopperTape::kColumns) {
       const int of = take(), x = take();
-      uint32_t a[4][4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        load_matrices(a[k], piece(stage(x) + k / 2 * kAroundSlice + from.from, from.row,
-                                  k % 2 * 2 + matrix_column));
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half)
+        multiply_slice<true>(sums, stage(x) + half * kAroundSlice + from.from, from.row,
+                             column + half * kSlice, of, half, HopperTape::kMiddle, first_channel);
       release(x);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) activate(a[k], column + k * 16);
-      begin_products();
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        add_product<T>(sums, a[k], weights(of, k, HopperTape::kMiddle, first_channel));
-      commit_products();
-      wait_products<0>();
       release(of);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int number = first_row + sum_row + i * 8;
-      if (number >= kAround) continue;
-      const Around pixel = around(number);
+      const int number = first_row + sum_row() + i * 8;
+      const Around pixel = around(number < kAround ? number : kAround - 1);
       const bool there = inside(tile.y - 1 + pixel.y, tile.x - 1 + pixel.x);
+      const int quad = this->quad();
       const Shared to = t1(pixel.y, pixel.x) + first_channel / 8 * kPlane + quad * 4;
+      const float* const bias = p.block.b1 + first_channel + quad * 2;
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
-        store_shared<uint32_t>(
-            to + n * kPlane,
-            there ? pack_relu<T>(sums[4 * n + 2 * i], sums[4 * n + 2 * i + 1]) : 0);
+      for (int n = 0; n < 8; ++n) {
+        const float2 b = load_global_now(bias + n * 8);
+        const uint32_t pair =
+            pack_relu<T>(sums[4 * n + 2 * i] + b.x, sums[4 * n + 2 * i + 1] + b.y);
+        if (number < kAround) store_shared<uint32_t>(to + n * kPlane, there ? pair : 0);
+      }
     }
     fence_async();
     sync_some(1, kConsumers);
@@ -435,7 +442,7 @@ struct HopperConsumer : HopperLayout {
         for (int column = 0; column < p.block.in; column += HopperTape::kColumns) {
           const int of = take();
 #pragma unroll 1
-          for (int half = 0; half < 2; ++half) multiply_quarter<false>(sums, take(), of, half, 0);
+          for (int half = 0; half < 2; ++half) multiply_quarter<false>(sums, 0, of, half);
           release(of);
         }
       }
@@ -445,16 +452,16 @@ struct HopperConsumer : HopperLayout {
   }
 
   HGFAST_DEVICE void store(const float (&sums)[32], const HopperTilePlace& tile, int out) {
+    const int lane = this->lane(), sum_row = lane / 4, quad = lane % 4;
     const int low = p.block.low ? take() : -1;
+    held = at.number;
     const int pooled = p.pooled ? take() : -1;
-    if (p.pooled) hold(pooled);
     const Shared pooled_rows = stage(pooled) + (group * 4 + warp) * 2 * kPooled;
+    const int low_row = (quarter_y() / 2 + warp) * 8 + (quarter_x() + sum_row) / 2;
     Shared rows[2];  // this warp's 16 pixels, of each slice
 #pragma unroll
     for (int slice = 0; slice < 2; ++slice) {
-      const int shortcut = take();
-      hold(shortcut);
-      rows[slice] = stage(shortcut) + group * kQuarter + warp * 16 * kSliceRow;
+      rows[slice] = stage(take()) + group * kQuarter + warp * 16 * kSliceRow;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         uint32_t pairs[2];
@@ -469,9 +476,8 @@ struct HopperConsumer : HopperLayout {
           }
           if (p.block.relu) value = {relu(value.x), relu(value.y)};
           if (p.block.low) {
-            const int row = (quarter_y() / 2 + warp) * 8 + (quarter_x() + sum_row) / 2;
-            const float2 t = unpack<T>(
-                load_shared<uint32_t>(piece(stage(low) + slice * kLowSlice, row, n) + quad * 4));
+            const float2 t = unpack<T>(load_shared<uint32_t>(
+                piece(stage(low) + slice * kLowSlice, low_row, n) + quad * 4));
             value = {value.x + t.x, value.y + t.y};
           }
           pairs[i] = pack<T>(value.x, value.y);
@@ -518,7 +524,7 @@ __global__ void __launch_bounds__(HopperLayout::kThreads, 1)
   const int cluster = block_index() / Layout::kCluster;
   const int clusters = grid_size() / Layout::kCluster;
   if (thread_index() >= Layout::kConsumers) {
-    lower_registers<24>();
+    lower_registers<32>();
     if (thread_index() == Layout::kConsumers) {
       HopperProducer producer(p);
       for (int pair = cluster; pair < p.pairs; pair += clusters)

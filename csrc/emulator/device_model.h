@@ -54,6 +54,7 @@ inline void sync_block(emulator::Place place = emulator::here()) { emulator::syn
 inline void sync_warp(emulator::Place place = emulator::here()) { emulator::sync_warp(place); }
 
 inline int forget(int value) { return value; }
+inline int uniform(int value) { return value; }
 
 inline uint32_t shuffle_xor(uint32_t value, int mask, emulator::Place place = emulator::here()) {
   return emulator::shuffle_xor_bits(value, mask, place);
@@ -80,6 +81,9 @@ V load_global(const void* address, emulator::Place place = emulator::here()) {
   V value;
   emulator::load_global(&value, address, sizeof(V), place);
   return value;
+}
+inline float2 load_global_now(const float* address, emulator::Place place = emulator::here()) {
+  return load_global<float2>(address, place);
 }
 template <class V>
 void store_global(void* address, V value, emulator::Place place = emulator::here()) {
