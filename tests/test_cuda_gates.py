@@ -34,6 +34,9 @@ MEANT = {
         ("LDG.E.128",),
         ("STG.E.128",),
     ],
+    "head_kernel": [("HMMA", "HGMMA"), ("LDGSTS",), ("LDSM",), ("LDG.E.128",), ("STG.E.128",)],
+    # Pixels come one by one, in any of four dtypes; their fragments in pairs of 16 bits.
+    "stem_kernel": [("HMMA",), ("LDGSTS",), ("LDG.E.U8",), ("LDS",), ("LDS.128",), ("STG.E.128",)],
     "upsample_add_kernel": [("LDG.E.128",), ("STG.E.128",)],
 }
 LOCAL_MEMORY = ("LDL", "STL")
@@ -211,6 +214,9 @@ def test_readable_names() -> None:
     )
     kernel = "bottleneck_kernel<BottleneckConfig<Float16, 64, false, 4, 8, 2, 2>>"
     assert cuda_gates.variant_of(kernel) == "bottleneck<float16, any, 4x8>"
+    kernel = "head_kernel<HeadConfig<BFloat16, 128, 32, 3, 4>>"
+    assert cuda_gates.variant_of(kernel) == "head<bfloat16, 128, 32>"
+    assert cuda_gates.variant_of("stem_kernel<StemConfig<Float16, 4>>") == "stem<float16, 32>"
     assert cuda_gates.variant_of("upsample_add_kernel<Float16>") is None
 
 

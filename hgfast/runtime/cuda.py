@@ -233,7 +233,7 @@ class CudaExecutor:
         reason = self._obstacle(step)
         if reason:
             return f"eager: {reason}"
-        return f"cuDNN {self._name}" if isinstance(step, Conv) else self.backend
+        return f"cuDNN {self._name}" if isinstance(step, (Conv, Remerge)) else self.backend
 
     def _arrange(
         self, steps: Sequence[Step], weights: Mapping[str, Tensor]
