@@ -363,9 +363,9 @@ def variants() -> dict[str, dict[str, int]] | None:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        if hasattr(module, "bottleneck_variants"):
-            told = (module.bottleneck_variants, module.stem_variants, module.head_variants)
-            return {row["name"]: row for variants in told for row in variants()}
+        tellers = [getattr(module, name) for name in dir(module) if name.endswith("_variants")]
+        if tellers:
+            return {row["name"]: row for told in tellers for row in told()}
     return None
 
 
@@ -380,6 +380,8 @@ def variant_of(kernel: str) -> str | None:
         return f"stem<{found.group(1).lower()}, {8 * int(found.group(2))}>"
     if found := re.fullmatch(r"head_kernel<HeadConfig<(\w+), (\d+), (\d+), .*>>", kernel):
         return f"head<{found.group(1).lower()}, {found.group(2)}, {found.group(3)}>"
+    if found := re.fullmatch(r"hopper_bottleneck_kernel<(\w+)>", kernel):
+        return f"hopper_bottleneck<{found.group(1).lower()}>"
     found = re.fullmatch(
         r"bottleneck_kernel<BottleneckConfig<(\w+), (\d+), (true|false), (\d+), (\d+), .*>>", kernel
     )
