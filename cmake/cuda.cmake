@@ -3,7 +3,8 @@
 # use. (tests/test_cuda_gates.py compiles it anyhow, and takes the flags from here.)
 # FORCE_CUDA=1 turns every reason for leaving it out into an error.
 #
-# In: CUDA_SOURCES, TORCH_CUDA. Out: CUDA_STATE, CUDA_VERSION, CUDA_ARCHS, LINK_CUDA.
+# In: CUDA_SOURCES, TORCH_CUDA. Out: CUDA_STATE, CUDA_VERSION, CUDA_ARCHS, LINK_CUDA, HOPPER (whether
+# the kernels for Hopper alone are among them).
 
 set(FORCE_CUDA OFF)
 if("$ENV{FORCE_CUDA}" MATCHES "^(1|ON|on|true|TRUE|yes|YES)$")
@@ -63,8 +64,19 @@ foreach(arch IN LISTS CUDA_ARCHS)
 endforeach()
 list(JOIN CUDA_ARCHS " " CUDA_ARCHS)
 
+# hopper_*.cu use instructions that sm_90a alone has.
+set(hopper_sources ${CUDA_SOURCES})
+list(FILTER hopper_sources INCLUDE REGEX "/hopper_[^/]*$")
+list(FILTER CUDA_SOURCES EXCLUDE REGEX "/hopper_[^/]*$")
 add_library(hgfast_cuda OBJECT EXCLUDE_FROM_ALL ${CUDA_SOURCES})
 target_compile_options(hgfast_cuda PRIVATE ${gencode} -Xcompiler=-Wall)
+set(HOPPER OFF)
+if(hopper_sources AND CUDA_ARCHS MATCHES "(^| )9\\.0a")
+  set(HOPPER ON)
+  add_library(hgfast_cuda_hopper OBJECT EXCLUDE_FROM_ALL ${hopper_sources})
+  target_compile_options(hgfast_cuda_hopper PRIVATE
+    --generate-code=arch=compute_90a,code=sm_90a -Xcompiler=-Wall)
+endif()
 
 string(REGEX MATCH "^[0-9]+" nvcc_major "${CUDA_VERSION}")
 string(REGEX MATCH "^[0-9]+" torch_major "${TORCH_CUDA}")

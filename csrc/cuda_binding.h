@@ -14,16 +14,9 @@
 #include <tuple>
 #include <vector>
 
-#include "binding.h"
-#include "cuda/kernels.h"
+#include "cuda_tensors.h"
 
 namespace hgfast {
-
-#ifdef HGFAST_EMULATE
-constexpr auto kKernelDevice = c10::DeviceType::CPU;
-#else
-constexpr auto kKernelDevice = c10::DeviceType::CUDA;
-#endif
 
 // A residual block with its weights packed, for inference again and again. Immutable.
 class CudaBottleneck {

@@ -138,6 +138,20 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
+def architectures(source: str) -> tuple[str, ...]:
+    """Those that a file of csrc/cuda is compiled for: ``hopper_*.cu`` for Hopper alone."""
+    return ("90a",) if source.startswith("hopper_") else ARCHITECTURES
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every (file name, architecture)."""
+    return [
+        (source.name, architecture)
+        for source in sources()
+        for architecture in architectures(source.name)
+    ]
+
+
 @functools.cache
 def flags() -> tuple[str, ...]:
     """What the build compiles device code with, but for architectures and file names.
@@ -223,13 +237,10 @@ def examine_all() -> dict[tuple[str, str], Compiled]:
     """Every file on every architecture: (file name, architecture) -> what is known."""
     CACHE.mkdir(parents=True, exist_ok=True)
     options = flags()
-    jobs = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
+    jobs = pairs()
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda job: _examine_once(*job, options), jobs)
-        return {
-            (source.name, architecture): result
-            for (source, architecture), result in zip(jobs, results, strict=True)
-        }
+        results = pool.map(lambda job: _examine_once(SOURCES / job[0], job[1], options), jobs)
+        return dict(zip(jobs, results, strict=True))
 
 
 def _examine_once(source: Path, architecture: str, options: tuple[str, ...]) -> Compiled:
@@ -352,9 +363,9 @@ def variants() -> dict[str, dict[str, int]] | None:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        if hasattr(module, "bottleneck_variants"):
-            told = (module.bottleneck_variants, module.stem_variants, module.head_variants)
-            return {row["name"]: row for variants in told for row in variants()}
+        tellers = [getattr(module, name) for name in dir(module) if name.endswith("_variants")]
+        if tellers:
+            return {row["name"]: row for told in tellers for row in told()}
     return None
 
 
@@ -369,6 +380,8 @@ def variant_of(kernel: str) -> str | None:
         return f"stem<{found.group(1).lower()}, {8 * int(found.group(2))}>"
     if found := re.fullmatch(r"head_kernel<HeadConfig<(\w+), (\d+), (\d+), .*>>", kernel):
         return f"head<{found.group(1).lower()}, {found.group(2)}, {found.group(3)}>"
+    if found := re.fullmatch(r"hopper_bottleneck_kernel<(\w+)>", kernel):
+        return f"hopper_bottleneck<{found.group(1).lower()}>"
     found = re.fullmatch(
         r"bottleneck_kernel<BottleneckConfig<(\w+), (\d+), (true|false), (\d+), (\d+), .*>>", kernel
     )

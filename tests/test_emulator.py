@@ -14,6 +14,10 @@ emulator = pytest.importorskip("hgfast_emulator", reason="built without HGFAST_E
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HOPPER_COUNTERS = (
+    "partial_barriers", "cluster_barriers", "barrier_phases", "warpgroup_products",
+    "operand_bytes", "tile_bytes", "stored_tile_bytes", "bulk_bytes", "remote_bytes",
+)  # fmt: skip
 NAN16 = 0x7FFF  # what the conversions give, of either format
 
 
@@ -282,6 +286,7 @@ def test_counters_of_a_known_kernel():
         "shared_bytes_loaded": 0,
         "shared_bytes_stored": 4096,
         "async_bytes": 0,
+        **dict.fromkeys(HOPPER_COUNTERS, 0),
         "global_bytes_loaded": 4096,
         "global_bytes_stored": 4096,
         "minimum_bytes": 8192,

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "cluster.h"
+
 namespace hgfast::cuda::emulator {
 namespace {
 
@@ -51,34 +53,52 @@ bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 
 }  // namespace
 
 Block& Block::current() { return *current_block; }
+void Block::set_current(Block* block) { current_block = block; }
 
 // ---- A block's life
 // ------------------------------------------------------------------------------
 
-void Block::start(const Context& context, int64_t index) {
-  launch_ = &context.launch;
-  global_ = &context.memory;
-  cache_ = context.cache;
-  index_ = index;
+void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, Cache* cache,
+                  uint64_t seed, int64_t number, int rank) {
+  cluster_ = &cluster;
+  launch_ = &launch;
+  global_ = &memory;
+  cache_ = cache;
+  index_ = number * launch.cluster + rank;
+  rank_ = rank;
   threads_ = launch_->threads;
   thread_ = 0;
   ended_ = 0;
   at_barrier_ = 0;
+  gathered_ = {};
+  for (SomeBarrier& some : some_) some = {};
+  barriers_.clear();
+  remote_.clear();
   failed_ = false;
   last_array_ = 0;
   // Of the seed and the block alone, so that it is all the same which host thread runs the block.
-  random_ = context.seed * 0x9e3779b97f4a7c15u;
-  if (random_) random_ = (random_ ^ static_cast<uint64_t>(index)) * 0xbf58476d1ce4e5b9u | 1;
+  random_ = seed * 0x9e3779b97f4a7c15u;
+  if (random_) random_ = (random_ ^ static_cast<uint64_t>(index_)) * 0xbf58476d1ce4e5b9u | 1;
 
   const int warps = threads_ / kLanes;
   shared_.begin_block(static_cast<uint32_t>(launch_->shared_bytes));
   stacks_.reserve(threads_);
   if (static_cast<int>(thread_states_.size()) < threads_) thread_states_.resize(threads_);
-  if (static_cast<int>(warps_.size()) < warps) warps_.resize(warps, Warp{});
+  if (static_cast<int>(warps_.size()) < warps) warps_.resize(warps);
+  issued_.assign((warps + 3) / 4, {});
   ready_warps_ = warps == 32 ? ~0u : (1u << warps) - 1;
+  free_registers_ = 0;
   for (int i = 0; i < warps; ++i) {
-    warps_[i].ready = ~0u;
-    warps_[i].arrived = 0;
+    Warp& warp = warps_[i];
+    warp.ready = ~0u;
+    warp.arrived = 0;
+    warp.products_begun = false;
+    warp.product_groups = 0;
+    warp.products = 0;
+    warp.pending.clear();
+    warp.sums.clear();
+    warp.registers = launch_->registers;
+    warp.wanted = 0;
   }
   for (int i = 0; i < threads_; ++i) {
     Thread& thread = thread_states_[i];
@@ -87,40 +107,72 @@ void Block::start(const Context& context, int64_t index) {
     thread.copies.clear();
     thread.delivered = 0;
     thread.groups = 0;
+    thread.stores.clear();
+    thread.store_groups = 0;
+    thread.store_agent = -1;
+    thread.clock = Clocks::kNothing;
+    thread.time = 1;
+    thread.fenced = 0;
+    thread.at_gate = false;
   }
-}
-
-bool Block::run(const Context& context, int64_t index) {
-  start(context, index);
-  Block* const outer = current_block;
-  current_block = this;
-  thread_ = next_thread();
-  scheduler_.switch_to(thread_states_[thread_].fiber);
-  current_block = outer;
-  return !failed_;
 }
 
 void Block::thread_main() {
-  Block& block = current();
-  block.launch_->run_thread(block.launch_->kernel);
-  Thread& thread = block.thread_states_[block.thread_];
+  {
+    Block& block = current();
+    block.launch_->run_thread(block.launch_->kernel);
+  }
+  current().end_thread();
+}
+
+void Block::end_thread() {
+  Thread& thread = thread_states_[thread_];
   if (thread.delivered < thread.copies.size()) {
     const Place place = place_of(thread.copies[thread.delivered].by);
-    block.fail("copy never waited for", block.thread_,
-               "copy_async at %s:%d is under way when its thread ends, to byte offset %u of shared "
-               "memory",
-               place.file, place.line, thread.copies[thread.delivered].to - SharedMemory::kBase);
+    fail(
+        "copy never waited for", thread_,
+        "copy_async at %s:%d is under way when its thread ends, to byte offset %u of shared memory",
+        place.file, place.line, thread.copies[thread.delivered].to - SharedMemory::kBase);
   }
-  ++block.ended_;
-  block.warps_[block.thread_ / kLanes].ready &= ~(1u << block.thread_ % kLanes);
-  block.switch_to_next();
+  if (!thread.stores.empty()) {
+    const Place place = place_of(thread.stores.front().by);
+    fail("copy never waited for", thread_,
+         "store_tile at %s:%d is under way when its thread ends, from byte offset %u of shared "
+         "memory",
+         place.file, place.line, thread.stores.front().from - SharedMemory::kBase);
+  }
+  const Warp& warp = warps_[thread_ / kLanes];
+  if (!warp.pending.empty())
+    fail("products never waited for", thread_,
+         "add_product at %s:%d is under way when its thread ends", warp.pending.front().place.file,
+         warp.pending.front().place.line);
+  if (++ended_ == threads_) check_nobody_comes();
+  warps_[thread_ / kLanes].ready &= ~(1u << thread_ % kLanes);
+  switch_to_next();
   __builtin_unreachable();
 }
 
-Counters Block::take_counters() {
-  Counters taken;
-  std::swap(taken, counters_);
-  return taken;
+// Behind a block's end, its shared memory is another's.
+void Block::check_nobody_comes() {
+  for (const Remote& remote : remote_) {
+    bool known = false;
+    for (int i = 0; i < threads_ && !known; ++i)
+      known = cluster_->clocks().seen(thread_states_[i].clock)[remote.agent] >= remote.time;
+    if (known) continue;
+    const Place place = place_of(remote.by);
+    fail("ended too early", thread_,
+         "its block ends, and nothing says that %s at %s:%d, by thread %d of block %lld, came "
+         "before: that touches this block's shared memory",
+         remote.function, place.file, place.line, thread_of(remote.by),
+         static_cast<long long>(index_ - rank_ + cluster_->rank_of(remote.agent)));
+  }
+  if (const Cluster::Copy* copy = cluster_->copy_to(rank_)) {
+    const Place place = place_of(copy->by);
+    fail("ended too early", thread_,
+         "its block ends while the copy of %s:%d to byte offset %u of its shared memory is under "
+         "way",
+         place.file, place.line, copy->to - SharedMemory::kBase);
+  }
 }
 
 // ---- Taking turns
@@ -146,26 +198,31 @@ int Block::next_thread() {
   return warp * kLanes + pick(warps_[warp].ready, chance);
 }
 
+bool Block::asks_for_a_turn() { return random_ && random() >> 28 == 1; }
+
 void Block::switch_to_next() {
-  const int next = next_thread();
-  if (next < 0) {
-    if (ended_ < threads_) deadlock();
+  int next = -1;
+  Block* const block = cluster_->choose(*this, next);
+  if (!block) {
+    if (!cluster_->all_ended()) deadlock();
     leave();
   }
   Fiber& mine = thread_states_[thread_].fiber;
-  thread_ = next;
-  mine.switch_to(thread_states_[next].fiber);
+  block->thread_ = next;
+  current_block = block;
+  mine.switch_to(block->thread_states_[next].fiber);
 }
 
 void Block::leave() {
-  thread_states_[thread_].fiber.switch_to(scheduler_);
+  thread_states_[thread_].fiber.switch_to(cluster_->scheduler);
   __builtin_unreachable();
 }
 
-void Block::wait(const char* function, Place place) {
+void Block::wait(const char* function, Place place, int64_t barrier) {
   Thread& thread = thread_states_[thread_];
   thread.waits_in = function;
   thread.waits_at = place;
+  thread.waits_for = barrier;
   warps_[thread_ / kLanes].ready &= ~(1u << thread_ % kLanes);
   switch_to_next();
   thread.waits_in = nullptr;
@@ -184,9 +241,15 @@ void Block::sync_block(Place place) {
          "sync_block at %s:%d, while other threads of the block wait in sync_block at %s:%d",
          place.file, place.line, barrier_.file, barrier_.line);
   }
+  gather(gathered_, thread_);
   if (++at_barrier_ < threads_) return wait("sync_block", place);
   at_barrier_ = 0;
-  shared_.block_barrier();
+  const int clock = cluster_->clocks().take(gathered_);
+  for (int i = 0; i < threads_; ++i) {
+    cluster_->clocks().keep(clock);
+    learn(thread_states_[i], clock);
+  }
+  cluster_->clocks().give_back(clock);
   ++counters_.block_barriers;
   for (int warp = 0; warp < threads_ / kLanes; ++warp) wake(warp, ~0u);
 }
@@ -211,7 +274,15 @@ void Block::collective(const char* function, Place place, void* argument, Comput
 
 void Block::sync_warp(Place place) {
   collective("sync_warp", place, nullptr, [](Block& block, Place, void* const(&)[kLanes]) {
-    ++block.warps_[block.thread_ / kLanes].clock;
+    Clocks::Gathered& gathered = block.warp_gathered_;
+    const int first = block.thread_ / kLanes * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) block.gather(gathered, first + lane);
+    const int clock = block.cluster_->clocks().take(gathered);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      block.cluster_->clocks().keep(clock);
+      block.learn(block.thread_states_[first + lane], clock);
+    }
+    block.cluster_->clocks().give_back(clock);
     ++block.counters_.warp_barriers;
   });
 }
@@ -220,13 +291,14 @@ void Block::sync_warp(Place place) {
 // -------------------------------------------------------------------------------------
 
 void Block::fail(const char* kind, int thread, const char* format, ...) {
+  char* const report = cluster_->report_buffer();
   const int head = std::snprintf(
-      report_, sizeof report_, "%s: kernel %s, block %lld, thread %d (warp %d, lane %d): ", kind,
+      report, Cluster::kReport, "%s: kernel %s, block %lld, thread %d (warp %d, lane %d): ", kind,
       launch_->name, static_cast<long long>(index_), thread, thread / kLanes, thread % kLanes);
-  if (head > 0 && head < static_cast<int>(sizeof report_)) {
+  if (head > 0 && head < static_cast<int>(Cluster::kReport)) {
     va_list arguments;
     va_start(arguments, format);
-    std::vsnprintf(report_ + head, sizeof report_ - head, format, arguments);
+    std::vsnprintf(report + head, Cluster::kReport - head, format, arguments);
     va_end(arguments);
   }
   failed_ = true;
@@ -234,34 +306,58 @@ void Block::fail(const char* kind, int thread, const char* format, ...) {
 }
 
 void Block::deadlock() {
-  char text[1536];
-  int first = -1;
+  char text[3072];
+  Block* first = nullptr;
   {  // nothing that owns memory may be alive when a fiber is left
     std::string all;
-    std::vector<bool> told(threads_);
-    for (int i = 0; i < threads_; ++i) {
-      const Thread& one = thread_states_[i];
-      if (!one.waits_in || told[i]) continue;
-      if (first < 0) first = i;
-      std::vector<int> alike;
-      for (int j = i; j < threads_; ++j) {
-        const Thread& other = thread_states_[j];
-        if (!other.waits_in || !same(one.waits_in, other.waits_in) ||
-            !same(one.waits_at, other.waits_at))
-          continue;
-        told[j] = true;
-        alike.push_back(j);
-      }
-      all += (all.empty() ? "threads " : "; threads ") + ranges(alike) + " wait in " +
-             one.waits_in + " at " + one.waits_at.file + ":" + std::to_string(one.waits_at.line);
+    for (int rank = 0; rank < cluster_->size(); ++rank) {
+      Block& block = cluster_->block(rank);
+      if (block.ended_ == block.threads_) continue;
+      if (!first) first = &block;
+      if (!all.empty()) all += "; ";
+      if (cluster_->size() > 1) all += "in block " + std::to_string(block.index_) + " ";
+      block.describe_waiting(all);
     }
-    std::vector<int> ended;
-    for (int i = 0; i < threads_; ++i)
-      if (!thread_states_[i].waits_in) ended.push_back(i);
-    if (!ended.empty()) all += "; threads " + ranges(ended) + " have ended";
     std::snprintf(text, sizeof text, "%s", all.c_str());
   }
-  fail("deadlock", first, "%s", text);
+  int thread = 0;
+  while (!first->thread_states_[thread].waits_in) ++thread;
+  first->fail("deadlock", thread, "%s", text);
+}
+
+void Block::describe_waiting(std::string& all) {
+  std::vector<bool> told(threads_);
+  std::vector<int> ended;
+  bool begun = false;
+  for (int i = 0; i < threads_; ++i) {
+    const Thread& one = thread_states_[i];
+    if (!one.waits_in) ended.push_back(i);
+    if (!one.waits_in || told[i]) continue;
+    std::vector<int> alike;
+    for (int j = i; j < threads_; ++j) {
+      const Thread& other = thread_states_[j];
+      if (!other.waits_in || !same(one.waits_in, other.waits_in) ||
+          !same(one.waits_at, other.waits_at) || one.waits_for != other.waits_for)
+        continue;
+      told[j] = true;
+      alike.push_back(j);
+    }
+    all += (begun ? "; threads " : "threads ") + ranges(alike) + " wait in " + one.waits_in +
+           " at " + one.waits_at.file + ":" + std::to_string(one.waits_at.line);
+    begun = true;
+    for (const BarrierState& barrier : barriers_) {
+      if (one.waits_for != barrier.address) continue;
+      all += " for the barrier at byte offset " +
+             std::to_string(barrier.address - SharedMemory::kBase) + ", which lacks " +
+             std::to_string(barrier.missing) + " of " + std::to_string(barrier.arrivals) +
+             " arrivals and " + std::to_string(barrier.bytes) + " bytes in phase " +
+             std::to_string(barrier.phase);
+    }
+    if (warps_[i / kLanes].wanted)
+      all += " for " + std::to_string(warps_[i / kLanes].wanted) + " registers a thread, and " +
+             std::to_string(free_registers_) + " are left for the whole block";
+  }
+  if (!ended.empty()) all += "; threads " + ranges(ended) + " have ended";
 }
 
 Stamp Block::stamp(int thread, Place place) {
@@ -271,6 +367,30 @@ Stamp Block::stamp(int thread, Place place) {
   }
   return static_cast<uint32_t>(thread) << 22 | last_file_number_ << 16 |
          static_cast<uint32_t>(std::min(place.line, 65535));
+}
+
+uint32_t Block::agent(int thread) const {
+  return static_cast<uint32_t>(cluster_->agent_of(rank_, thread));
+}
+
+Asker Block::asker(int thread, Place place) {
+  const Thread& state = thread_states_[thread];
+  const Clocks& clocks = cluster_->clocks();
+  return {
+      clocks.seen(state.clock), clocks.fenced(state.clock), agent(thread), state.time, state.fenced,
+      stamp(thread, place)};
+}
+
+void Block::learn(Thread& thread, int clock) {
+  cluster_->clocks().give_back(thread.clock);
+  thread.clock = clock;
+}
+
+void Block::gather(Clocks::Gathered& gathered, int number) {
+  Thread& thread = thread_states_[number];
+  const auto me = static_cast<int>(agent(number));
+  cluster_->clocks().add(gathered, thread.clock, me, thread.time, thread.fenced);
+  ++thread.time;
 }
 
 // ---- Shared memory
@@ -290,46 +410,98 @@ void Block::check_shared(const char* function, uint32_t address, uint32_t bytes,
 }
 
 void Block::fail_shared(Fault fault, const char* function, bool writes, uint32_t address,
-                        int thread, Place place) {
+                        int thread, Place place, const Block& memory) {
   const uint32_t offset = address - SharedMemory::kBase;
   const char* const does = writes ? "writes" : "reads";
+  char whose[48] = "";
+  if (&memory != this)
+    std::snprintf(whose, sizeof whose, " of block %lld", static_cast<long long>(memory.index_));
   if (fault == Fault::uninitialised)
     fail("uninitialised", thread,
          "%s at %s:%d reads byte offset %u of shared memory, which no thread of the block has "
          "written yet",
          function, place.file, place.line, offset);
-  const Stamp other = shared_.other();
+  if (fault == Fault::barrier)
+    fail("barrier touched", thread, "%s at %s:%d %s byte offset %u of shared memory%s, a barrier",
+         function, place.file, place.line, does, offset, whose);
+  const Stamp other = memory.shared_.other();
   const Place there = place_of(other);
   if (fault == Fault::in_flight)
     fail("copy in flight", thread,
-         "%s at %s:%d %s byte offset %u of shared memory, while the copy_async of thread %d at "
-         "%s:%d to it has not been waited for",
-         function, place.file, place.line, does, offset, thread_of(other), there.file, there.line);
+         "%s at %s:%d %s byte offset %u of shared memory%s, while the copy of thread %d at %s:%d "
+         "to it has not been waited for",
+         function, place.file, place.line, does, offset, whose, thread_of(other), there.file,
+         there.line);
+  char of_block[48] = "";
+  const auto agent = static_cast<int>(memory.shared_.other_agent());
+  if (agent < cluster_->agent_of(cluster_->size(), 0) && cluster_->rank_of(agent) != rank_)
+    std::snprintf(of_block, sizeof of_block, " of block %lld",
+                  static_cast<long long>(index_ - rank_ + cluster_->rank_of(agent)));
+  if (fault == Fault::not_fenced)
+    fail("not fenced", thread,
+         "%s at %s:%d reads byte offset %u of shared memory, which thread %d%s wrote at %s:%d, "
+         "with no fence_async of that thread between them",
+         function, place.file, place.line, offset, thread_of(other), of_block, there.file,
+         there.line);
   fail("race", thread,
-       "%s at %s:%d %s byte offset %u of shared memory, which thread %d %s at %s:%d, with no "
+       "%s at %s:%d %s byte offset %u of shared memory%s, which thread %d%s %s at %s:%d, with no "
        "barrier between them",
-       function, place.file, place.line, does, offset, thread_of(other),
+       function, place.file, place.line, does, offset, whose, thread_of(other), of_block,
        fault == Fault::after_read ? "read" : "wrote", there.file, there.line);
 }
 
 void Block::load_shared(void* to, uint32_t from, uint32_t bytes, Place place) {
   check_shared("load_shared", from, bytes, bytes, thread_, place);
-  const Access access = this->access(thread_, place);
+  const Asker asker = this->asker(thread_, place);
   for (uint32_t i = 0; i < bytes; i += 4)
-    if (const Fault fault = shared_.read(from + i, access); fault != Fault::none)
-      fail_shared(fault, "load_shared", false, from + i, thread_, place);
+    if (const Fault fault = shared_.read(from + i, asker); fault != Fault::none)
+      fail_shared(fault, "load_shared", false, from + i, thread_, place, *this);
   std::memcpy(to, shared_.at(from), bytes);
   counters_.shared_bytes_loaded += bytes;
 }
 
 void Block::store_shared(uint32_t to, const void* from, uint32_t bytes, Place place) {
   check_shared("store_shared", to, bytes, bytes, thread_, place);
-  const Access access = this->access(thread_, place);
+  const Asker asker = this->asker(thread_, place);
   for (uint32_t i = 0; i < bytes; i += 4)
-    if (const Fault fault = shared_.write(to + i, access); fault != Fault::none)
-      fail_shared(fault, "store_shared", true, to + i, thread_, place);
+    if (const Fault fault = shared_.write(to + i, asker); fault != Fault::none)
+      fail_shared(fault, "store_shared", true, to + i, thread_, place, *this);
   std::memcpy(shared_.at(to), from, bytes);
   counters_.shared_bytes_stored += bytes;
+}
+
+void Block::store_remote(uint32_t to, int rank, const void* from, uint32_t bytes, Place place) {
+  Block& other = other_block("store_remote", rank, place);
+  check_shared("store_remote", to, bytes, bytes, thread_, place);
+  const Asker asker = this->asker(thread_, place);
+  for (uint32_t i = 0; i < bytes; i += 4)
+    if (const Fault fault = other.shared_.write(to + i, asker); fault != Fault::none)
+      fail_shared(fault, "store_remote", true, to + i, thread_, place, other);
+  std::memcpy(other.shared_.at(to), from, bytes);
+  other.note_remote(asker, "store_remote");
+  counters_.remote_bytes += bytes;
+}
+
+Block& Block::other_block(const char* function, int rank, Place place) {
+  if (rank < 0 || rank >= cluster_->size())
+    fail("no such block", thread_, "%s at %s:%d names block %d of a cluster of %d", function,
+         place.file, place.line, rank, cluster_->size());
+  Block& other = cluster_->block(rank);
+  if (other.ended_ == other.threads_)
+    fail("ended too early", thread_,
+         "%s at %s:%d touches the shared memory of block %lld, which has ended", function,
+         place.file, place.line, static_cast<long long>(other.index_));
+  return other;
+}
+
+void Block::note_remote(const Asker& asker, const char* function) {
+  if (asker.agent == agent(0) + static_cast<uint32_t>(thread_of(asker.by))) return;  // one of ours
+  for (Remote& remote : remote_)
+    if (remote.agent == asker.agent) {
+      remote = {asker.agent, asker.time, asker.by, function};
+      return;
+    }
+  remote_.push_back({asker.agent, asker.time, asker.by, function});
 }
 
 void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
@@ -337,7 +509,8 @@ void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
   const bool store = direction == Direction::store;
   const char* const function = store ? "store_matrices" : "load_matrices";
   const int first_thread = thread_ / kLanes * kLanes;
-  const Access first = access(first_thread, place);
+  Asker askers[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) askers[lane] = asker(first_thread + lane, place);
   for (int lane = 0; lane < kLanes; ++lane) {
     check_shared(function, rows[lane], 16, 16, first_thread + lane, place);
     const int matrix = lane / 8;
@@ -345,11 +518,11 @@ void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
       // A word belongs to the lane that gets or gives it, whichever lane gave the address: the lane
       // that wrote a row on its own needs a barrier before the others get parts of it.
       const int owner = lane % 8 * 4 + i;
-      const Access access = first.of_lane(owner);
       const uint32_t address = rows[lane] + 4 * i;
-      const Fault fault = store ? shared_.write(address, access) : shared_.read(address, access);
+      const Fault fault =
+          store ? shared_.write(address, askers[owner]) : shared_.read(address, askers[owner]);
       if (fault != Fault::none)
-        fail_shared(fault, function, store, address, first_thread + owner, place);
+        fail_shared(fault, function, store, address, first_thread + owner, place, *this);
       uint32_t* const element = fragments[owner] + matrix;
       if (store)
         std::memcpy(shared_.at(address), element, 4);
@@ -372,18 +545,18 @@ void Block::move_matrices(Direction direction, const uint32_t (&rows)[kLanes],
 void Block::copy_async(uint32_t to, const void* from, bool valid, Place place) {
   check_shared("copy_async", to, 16, 16, thread_, place);
   if (valid) {
-    check_global("copy_async", from, 16, false, place);
+    check_global("copy_async", from, 16, false, 16, place);
     counters_.global_bytes_loaded += 16;
     if (cache_) cache_->read(from, 16);
   }
   counters_.async_bytes += 16;
-  const Access access = this->access(thread_, place);
+  const Asker asker = this->asker(thread_, place);
   for (int i = 0; i < 16; i += 4)
-    if (const Fault fault = shared_.begin_copy(to + i, access); fault != Fault::none)
-      fail_shared(fault, "copy_async", true, to + i, thread_, place);
+    if (const Fault fault = shared_.begin_copy(to + i, asker); fault != Fault::none)
+      fail_shared(fault, "copy_async", true, to + i, thread_, place, *this);
   std::memset(shared_.at(to), 0xff, 16);
   Thread& thread = thread_states_[thread_];
-  thread.copies.push_back({to, valid ? from : nullptr, access.by, thread.groups});
+  thread.copies.push_back({to, valid ? from : nullptr, asker.by, thread.groups});
 }
 
 void Block::commit_copies() { ++thread_states_[thread_].groups; }
@@ -406,15 +579,15 @@ void Block::deliver(const Copy& copy) {
     std::memcpy(shared_.at(copy.to), copy.from, 16);
   else
     std::memset(shared_.at(copy.to), 0, 16);
-  const Access access{copy.by, warps_[thread_ / kLanes].clock};
-  for (int i = 0; i < 16; i += 4) shared_.end_copy(copy.to + i, access);
+  for (int i = 0; i < 16; i += 4)
+    shared_.end_copy(copy.to + i, agent(thread_), thread_states_[thread_].time, copy.by, true);
 }
 
 // ---- Global memory
 // -------------------------------------------------------------------------------
 
 int Block::check_global(const char* function, const void* address, uint32_t bytes, bool writes,
-                        Place place) {
+                        uint32_t alignment, Place place) {
   const int array = global_->find(address, bytes, last_array_);
   if (array < 0) {
     char where[256];
@@ -425,42 +598,61 @@ int Block::check_global(const char* function, const void* address, uint32_t byte
   last_array_ = array;
   const Array& found = (*global_)[array];
   const auto offset = static_cast<long long>(static_cast<const char*>(address) - found.begin);
-  if (reinterpret_cast<uintptr_t>(address) % bytes)
+  if (reinterpret_cast<uintptr_t>(address) % alignment)
     fail(
         "misaligned", thread_,
         "%s at %s:%d touches byte offset %lld of array %d, at an address that is no multiple of %u",
-        function, place.file, place.line, offset, array, bytes);
+        function, place.file, place.line, offset, array, alignment);
   if (writes != found.written)
     fail(writes ? "write to an input" : "read of an output", thread_,
          "%s at %s:%d touches byte offset %lld of array %d", function, place.file, place.line,
          offset, array);
+  if (launch_->programmatic && !found.constant) {
+    const Thread& thread = thread_states_[thread_];
+    if (!cluster_->clocks().seen(thread.clock)[cluster_->previous_kernel()])
+      fail("too early", thread_,
+           "%s at %s:%d touches byte offset %lld of array %d, which the kernel before may not have "
+           "left yet: no wait_for_previous_kernel() lies before",
+           function, place.file, place.line, offset, array);
+  }
   return array;
 }
 
 void Block::load_global(void* to, const void* from, uint32_t bytes, Place place) {
-  check_global("load_global", from, bytes, false, place);
+  check_global("load_global", from, bytes, false, bytes, place);
   std::memcpy(to, from, bytes);
   counters_.global_bytes_loaded += bytes;
   if (cache_) cache_->read(from, bytes);
 }
 
 void Block::store_global(void* to, const void* from, uint32_t bytes, Place place) {
-  const int array = check_global("store_global", to, bytes, true, place);
-  const Stamp by = stamp(thread_, place);
+  check_global("store_global", to, bytes, true, bytes, place);
+  write_global("store_global", static_cast<char*>(to), from, bytes, stamp(thread_, place));
+}
+
+// To an array that was checked.
+void Block::write_global(const char* function, char* to, const void* from, uint32_t bytes,
+                         Stamp by) {
+  const int array = global_->find(to, bytes, last_array_);
   for (uint32_t i = 0; i < bytes; i += 4) {
-    char* const address = static_cast<char*>(to) + i;
+    char* const address = to + i;
     const GlobalMemory::Writer before = global_->write_word(array, address, index_, by);
     if (before.block < 0) continue;
-    const Place there = place_of(before.by);
-    fail("written twice", thread_,
-         "store_global at %s:%d writes byte offset %lld of array %d, which block %lld, thread %d "
+    const Place here = place_of(by), there = place_of(before.by);
+    fail("written twice", thread_of(by),
+         "%s at %s:%d writes byte offset %lld of array %d, which block %lld, thread %d "
          "wrote at %s:%d",
-         place.file, place.line, static_cast<long long>(address - (*global_)[array].begin), array,
-         static_cast<long long>(before.block), thread_of(before.by), there.file, there.line);
+         function, here.file, here.line, static_cast<long long>(address - (*global_)[array].begin),
+         array, static_cast<long long>(before.block), thread_of(before.by), there.file, there.line);
   }
   std::memcpy(to, from, bytes);
   counters_.global_bytes_stored += bytes;
   if (cache_) cache_->write(to, bytes);
+}
+
+void Block::wait_for_previous_kernel() {
+  Thread& thread = thread_states_[thread_];
+  learn(thread, cluster_->clocks().raise(thread.clock, cluster_->previous_kernel(), 1, 1));
 }
 
 }  // namespace hgfast::cuda::emulator

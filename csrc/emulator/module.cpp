@@ -33,6 +33,15 @@ py::dict counters() {
   d["shared_bytes_loaded"] = c.shared_bytes_loaded;
   d["shared_bytes_stored"] = c.shared_bytes_stored;
   d["async_bytes"] = c.async_bytes;
+  d["partial_barriers"] = c.partial_barriers;
+  d["cluster_barriers"] = c.cluster_barriers;
+  d["barrier_phases"] = c.barrier_phases;
+  d["warpgroup_products"] = c.warpgroup_products;
+  d["operand_bytes"] = c.operand_bytes;
+  d["tile_bytes"] = c.tile_bytes;
+  d["stored_tile_bytes"] = c.stored_tile_bytes;
+  d["bulk_bytes"] = c.bulk_bytes;
+  d["remote_bytes"] = c.remote_bytes;
   d["global_bytes_loaded"] = c.global_bytes_loaded;
   d["global_bytes_stored"] = c.global_bytes_stored;
   d["minimum_bytes"] = c.minimum_bytes;
@@ -94,7 +103,9 @@ PYBIND11_MODULE(hgfast_emulator, m) {
   m.def(
       "set_device",
       [](int multiprocessors, int shared_bytes) {
-        hgfast::cuda::emulated_device = {multiprocessors, shared_bytes};
+        // A block of that much shared memory there is on Hopper and its successors.
+        const int major = shared_bytes > 163 * 1024 ? 9 : 8;
+        hgfast::cuda::emulated_device = {multiprocessors, shared_bytes, major, 0};
       },
       arg("multiprocessors") = 132, arg("shared_bytes") = 227 * 1024,
       "What launchers are told of the GPU; by default an H200.");

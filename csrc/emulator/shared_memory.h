@@ -1,5 +1,5 @@
-// A block's shared memory, and what is known of each of its 4-byte words: who wrote and who read it
-// last, and between which barriers. Everything a kernel writes is whole words.
+// A block's shared memory, and what is known of each of its 4-byte words: who wrote it last, and
+// who read it since. Everything a kernel writes is whole words.
 #pragma once
 
 #include <cstdint>
@@ -14,29 +14,32 @@ enum class Fault : uint8_t {
   none,
   uninitialised,  // read, and never written in this block
   in_flight,      // touched while a copy to it has not been waited for
-  after_read,     // written, with no barrier since another thread read it
-  after_write,    // read or written, with no barrier since another thread wrote it
+  after_read,     // written, with nothing that orders it after another agent's read
+  after_write,    // read or written, with nothing that orders it after another agent's write
+  not_fenced,     // read by the asynchronous proxy, with no fence since a thread wrote it
+  barrier,        // a barrier lies there
 };
 
-// One access. Two accesses of different threads are ordered by a barrier of the block between them,
-// or, within a warp, by one of the warp: `warp_clock` counts these, and never goes back.
-struct Access {
+// Who touches memory, and what it knows (see clocks.h).
+struct Asker {
+  const uint32_t* seen;
+  const uint32_t* fenced;
+  uint32_t agent, time;
+  uint32_t own_fenced;  // its own time up to which a fence lies behind its accesses
   Stamp by;
-  uint32_t warp_clock;
 
-  int warp() const { return thread_of(by) / 32; }
-  // Of the thread so many behind this one.
-  Access of_lane(uint32_t lane) const { return {by + (lane << 22), warp_clock}; }
-  uint32_t lane_bit() const { return 1u << (thread_of(by) % 32); }
+  bool knows(uint32_t other, uint32_t when) const { return other == agent || seen[other] >= when; }
+  bool knows_fenced(uint32_t other, uint32_t when) const {
+    return fenced[other] >= when || (other == agent && own_fenced >= when);
+  }
 };
 
 class SharedMemory {
  public:
   static constexpr uint32_t kBase = 1024;  // the first byte's address: 0 is nowhere
 
-  // Forgets everything by letting time go on, and fills the memory with NaN.
+  // Forgets everything, and fills the memory with NaN.
   void begin_block(uint32_t bytes);
-  void block_barrier() { ++clock_; }
 
   uint32_t bytes() const { return bytes_; }
   bool contains(uint32_t address, uint32_t bytes) const {
@@ -45,126 +48,191 @@ class SharedMemory {
   char* at(uint32_t address) { return memory_.data() + (address - kBase); }
 
   // Each notes an access to the word at an address; of a fault, other() tells the earlier access.
-  Fault read(uint32_t address, const Access&);
-  Fault write(uint32_t address, const Access&);
-  Fault begin_copy(uint32_t address, const Access&);
-  void end_copy(uint32_t address, const Access&);  // as if written now
+  Fault read(uint32_t address, const Asker&);
+  Fault write(uint32_t address, const Asker&);
+  // A copy to it is under way; it arrives as a write by that agent at that time. `generic`: as the
+  // threads' own writes, which the asynchronous proxy sees behind a fence.
+  Fault begin_copy(uint32_t address, const Asker&);
+  void end_copy(uint32_t address, uint32_t agent, uint32_t time, Stamp by, bool generic);
+  // A read by the asynchronous proxy, which is over at time `time` of the agents whose bits, from
+  // `agent` on, are set. All of `askers` must know the last write.
+  struct AsyncReader {
+    uint32_t agent, time;
+    uint8_t bits;
+    Stamp by;
+  };
+  Fault read_async(uint32_t address, const Asker* askers, int count, const AsyncReader&);
+  // From now on a barrier lies there.
+  Fault make_barrier(uint32_t address, const Asker&);
 
+  // The earlier of two accesses that collide.
   Stamp other() const { return other_; }
+  uint32_t other_agent() const { return other_agent_; }
 
  private:
-  struct Word {
-    uint32_t written_clock;  // the block's
-    uint32_t written_warp_clock;
-    Stamp written_by;
-    // Of the reads since: the last one, and the lanes of its warp that read since a barrier of that
-    // warp. A write of any warp but one of these two collides with the other: so two are enough.
-    uint32_t read_clock;
-    uint32_t read_warp_clock;
-    Stamp read_by;
-    uint32_t read_lanes;
-    Stamp read_elsewhere;  // a reader in another warp than read_by's, or kNobody
+  enum class State : uint8_t { plain, in_flight, barrier };
+  struct Reader {
+    uint32_t agent, time;
+    Stamp by;
+    uint32_t bits;  // of agents from `agent` on; 1: itself
   };
-  static constexpr uint32_t kInFlight = 0xffffffffu;  // as written_warp_clock
+  static constexpr int kReaders = 3;
+  struct Word {
+    uint32_t generation = 0;  // of the block that wrote it
+    uint32_t written_agent = 0, written_time = 0;
+    Stamp written_by = kNobody;
+    State state = State::plain;
+    bool generic = true;
+    uint8_t readers = 0;
+    int more = -1;  // in more_, where they are too many
+    Reader reader[kReaders] = {};
+  };
 
   Word& word(uint32_t address) { return words_[(address - kBase) / 4]; }
-  bool unordered_write(const Word& word, const Access& access) const {
-    return word.written_clock == clock_ && thread_of(word.written_by) != thread_of(access.by) &&
-           (thread_of(word.written_by) / 32 != access.warp() ||
-            word.written_warp_clock == access.warp_clock);
+  Fault found(Fault fault, uint32_t agent, Stamp by) {
+    other_agent_ = agent;
+    other_ = by;
+    return fault;
   }
+  static bool knows(const Asker& asker, const Reader& reader) {
+    if (reader.bits == 1) return asker.knows(reader.agent, reader.time);
+    for (uint32_t i = 0, bits = reader.bits; bits; ++i, bits >>= 1)
+      if ((bits & 1) && asker.seen[reader.agent + i] < reader.time) return false;
+    return true;
+  }
+  Fault check_state(const Word& word, bool reads) {
+    if (word.generation != generation_) return reads ? Fault::uninitialised : Fault::none;
+    if (word.state == State::barrier) return Fault::barrier;
+    if (word.state == State::in_flight)
+      return found(Fault::in_flight, word.written_agent, word.written_by);
+    return Fault::none;
+  }
+  void note(Word&, const Asker&, const Reader&);
 
   std::vector<char> memory_;
   std::vector<Word> words_;
+  std::vector<std::vector<Reader>> more_;
   uint32_t bytes_ = 0;
-  uint32_t clock_ = 0;  // counts barriers of the block and blocks
-  uint32_t first_clock_ = 0;
+  uint32_t generation_ = 0;
   Stamp other_ = kNobody;
+  uint32_t other_agent_ = 0;
 };
 
-inline Fault SharedMemory::read(uint32_t address, const Access& access) {
+// An earlier read that this one knows of needs no record any more: who knows this one knows it too.
+inline void SharedMemory::note(Word& word, const Asker& asker, const Reader& reader) {
+  for (int i = 0; i < word.readers; ++i) {
+    Reader& old = word.reader[i];
+    if (old.agent == reader.agent && old.time == reader.time) {
+      old.bits |= reader.bits;
+      return;
+    }
+    if (knows(asker, old)) {
+      old = reader;
+      return;
+    }
+  }
+  if (word.readers < kReaders) {
+    word.reader[word.readers++] = reader;
+    return;
+  }
+  if (word.more < 0) {
+    word.more = static_cast<int>(more_.size());
+    more_.emplace_back();
+  }
+  for (Reader& old : more_[word.more]) {
+    if (old.agent == reader.agent && old.time == reader.time) {
+      old.bits |= reader.bits;
+      return;
+    }
+    if (knows(asker, old)) {
+      old = reader;
+      return;
+    }
+  }
+  more_[word.more].push_back(reader);
+}
+
+inline Fault SharedMemory::read(uint32_t address, const Asker& asker) {
   Word& word = this->word(address);
-  if (word.written_clock < first_clock_) return Fault::uninitialised;
-  if (word.written_warp_clock == kInFlight) {
-    other_ = word.written_by;
-    return Fault::in_flight;
-  }
-  if (unordered_write(word, access)) {
-    other_ = word.written_by;
-    return Fault::after_write;
-  }
-  if (word.read_clock != clock_) {
-    word.read_clock = clock_;
-    word.read_elsewhere = kNobody;
-    word.read_lanes = 0;
-  } else if (thread_of(word.read_by) / 32 != access.warp()) {
-    word.read_elsewhere = word.read_by;
-    word.read_lanes = 0;
-  } else if (word.read_warp_clock != access.warp_clock) {
-    word.read_lanes = 0;
-  }
-  word.read_warp_clock = access.warp_clock;
-  word.read_by = access.by;
-  word.read_lanes |= access.lane_bit();
+  if (const Fault fault = check_state(word, true); fault != Fault::none) return fault;
+  if (!asker.knows(word.written_agent, word.written_time))
+    return found(Fault::after_write, word.written_agent, word.written_by);
+  note(word, asker, {asker.agent, asker.time, asker.by, 1});
   return Fault::none;
 }
 
-inline Fault SharedMemory::write(uint32_t address, const Access& access) {
+inline Fault SharedMemory::read_async(uint32_t address, const Asker* askers, int count,
+                                      const AsyncReader& reader) {
   Word& word = this->word(address);
-  if (word.written_clock >= first_clock_ && word.written_warp_clock == kInFlight) {
-    other_ = word.written_by;
-    return Fault::in_flight;
+  if (const Fault fault = check_state(word, true); fault != Fault::none) return fault;
+  for (int i = 0; i < count; ++i) {
+    if (!askers[i].knows(word.written_agent, word.written_time))
+      return found(Fault::after_write, word.written_agent, word.written_by);
+    if (word.generic && !askers[i].knows_fenced(word.written_agent, word.written_time))
+      return found(Fault::not_fenced, word.written_agent, word.written_by);
   }
-  if (unordered_write(word, access)) {
-    other_ = word.written_by;
-    return Fault::after_write;
-  }
-  if (word.read_clock == clock_) {
-    if (thread_of(word.read_by) / 32 != access.warp()) {
-      other_ = word.read_by;
-      return Fault::after_read;
-    }
-    if (word.read_elsewhere != kNobody) {
-      other_ = word.read_elsewhere;
-      return Fault::after_read;
-    }
-    const uint32_t lanes = word.read_lanes & ~access.lane_bit();
-    if (word.read_warp_clock == access.warp_clock && lanes) {
-      // The line of the warp's last read; the lanes of a warp mostly share it.
-      const uint32_t thread = access.warp() * 32 + __builtin_ctz(lanes);
-      other_ = (word.read_by & 0x3fffff) | thread << 22;
-      return Fault::after_read;
-    }
-  }
-  word.written_clock = clock_;
-  word.written_warp_clock = access.warp_clock;
-  word.written_by = access.by;
-  word.read_clock = 0;
+  note(word, askers[0], {reader.agent, reader.time, reader.by, reader.bits});
   return Fault::none;
 }
 
-inline Fault SharedMemory::begin_copy(uint32_t address, const Access& access) {
-  const Fault fault = write(address, access);
-  if (fault == Fault::none) word(address).written_warp_clock = kInFlight;
+inline Fault SharedMemory::write(uint32_t address, const Asker& asker) {
+  Word& word = this->word(address);
+  if (const Fault fault = check_state(word, false); fault != Fault::none) return fault;
+  if (word.generation == generation_) {
+    if (!asker.knows(word.written_agent, word.written_time))
+      return found(Fault::after_write, word.written_agent, word.written_by);
+    for (int i = 0; i < word.readers; ++i)
+      if (!knows(asker, word.reader[i]))
+        return found(Fault::after_read, word.reader[i].agent, word.reader[i].by);
+    if (word.more >= 0) {
+      for (const Reader& reader : more_[word.more])
+        if (!knows(asker, reader)) return found(Fault::after_read, reader.agent, reader.by);
+      more_[word.more].clear();
+    }
+  } else {
+    word.more = -1;
+  }
+  word.generation = generation_;
+  word.written_agent = asker.agent;
+  word.written_time = asker.time;
+  word.written_by = asker.by;
+  word.state = State::plain;
+  word.generic = true;
+  word.readers = 0;
+  return Fault::none;
+}
+
+inline Fault SharedMemory::begin_copy(uint32_t address, const Asker& asker) {
+  const Fault fault = write(address, asker);
+  if (fault == Fault::none) word(address).state = State::in_flight;
   return fault;
 }
 
-inline void SharedMemory::end_copy(uint32_t address, const Access& access) {
+inline void SharedMemory::end_copy(uint32_t address, uint32_t agent, uint32_t time, Stamp by,
+                                   bool generic) {
   Word& word = this->word(address);
-  word.written_clock = clock_;
-  word.written_warp_clock = access.warp_clock;
-  word.written_by = access.by;
+  word.state = State::plain;
+  word.generic = generic;
+  word.written_agent = agent;
+  word.written_time = time;
+  word.written_by = by;
+}
+
+inline Fault SharedMemory::make_barrier(uint32_t address, const Asker& asker) {
+  const Fault fault = write(address, asker);
+  if (fault == Fault::none) word(address).state = State::barrier;
+  return fault;
 }
 
 inline void SharedMemory::begin_block(uint32_t bytes) {
-  if (clock_ > 0xf0000000u) {  // long before it could begin anew, all is forgotten by hand
-    words_.clear();
-    clock_ = 0;
-  }
   bytes_ = bytes;
   memory_.assign(bytes, '\xff');
-  if (words_.size() < (bytes + 3) / 4) words_.resize((bytes + 3) / 4, Word{});
-  first_clock_ = ++clock_;
+  if (words_.size() < (bytes + 3) / 4) words_.resize((bytes + 3) / 4);
+  more_.clear();
+  if (++generation_ == 0) {
+    words_.assign(words_.size(), Word{});
+    generation_ = 1;
+  }
 }
 
 }  // namespace hgfast::cuda::emulator
