@@ -305,7 +305,7 @@ class Region(Forward):
             return GraphUse(self.name, False, 0, self.graphs.obstacle(state.executor))
         failure = next((executor.failure for executor in graphed if executor.failure), "")
         is_used = not all(executor.has_given_up for executor in graphed)
-        return GraphUse(self.name, is_used, sum(map(len, graphed)), failure)
+        return GraphUse(self.name, is_used, sum(executor.cached for executor in graphed), failure)
 
     def paths(self) -> list[tuple[Step, str]]:
         """Every step, and what runs it, in a few words."""

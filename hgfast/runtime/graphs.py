@@ -287,7 +287,8 @@ class GraphedExecutor:
         self._seen: OrderedDict[_Key, int] = OrderedDict()  # runs of shapes without a graph
         self._failures = 0
 
-    def __len__(self) -> int:
+    @property
+    def cached(self) -> int:
         """The number of graphs."""
         return len(self._graphs)
 
