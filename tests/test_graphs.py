@@ -753,3 +753,17 @@ def test_a_run_holds_at_most_what_eager_holds(kernels: cuda.Kernels, double: Dou
     assert ours.most <= eager.most
     del expected, values
     assert ours.now == eager.now == 0
+
+
+def test_a_graph_keeps_its_inputs_and_outputs_and_no_more(gpu: Double) -> None:
+    """The extra over eager, beyond what one run needs on the way, which all graphs share."""
+    fast = hgfast.optimize(small(), cuda_graph=True)
+    (region,) = regions_of(fast)
+    x = picture()
+    for _ in range(2):
+        values = fast(x)
+    (captured,) = region._state.executor._graphs.values()
+    places = [*captured.inputs, *captured.outputs.values()]
+    kept = {place.untyped_storage().data_ptr(): place.untyped_storage() for place in places}
+    extra = sum(y.numel() * y.element_size() for y in (x, *tree_leaves(values)))
+    assert sum(storage.nbytes() for storage in kept.values()) == extra
