@@ -32,9 +32,10 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class Handle:
-    """Memory of graphs."""
+    """Memory that streams share: of graphs, or of one tensor."""
 
     def __init__(self) -> None:
+        self.streams: set[str] = set()  # on which it stays until they are done
         self.graphs: WeakSet[DoubleGraph] = WeakSet()
         self.was_used = False
         self.addresses: set[int] = set()
@@ -46,6 +47,7 @@ class Double:
 
     Attributes:
         captures: how many graphs were captured.
+        kept: memory of the inputs of graphs.
         races: uses of a pool's memory that nothing orders.
         waits_for_nobody: events are ignored: what the clocks must notice.
     """
@@ -57,6 +59,7 @@ class Double:
         self.replays = 0
         self.races: list[str] = []
         self.handles: list[Handle] = []
+        self.kept: dict[int, Handle] = {}  # by address
         self.waits_for_nobody = False
         self.lock = threading.RLock()
         self._clocks: dict[str, Clock] = {}
@@ -131,6 +134,10 @@ class Double:
     def event(self) -> _Event:
         return _Event(self)
 
+    def keep(self, x: Tensor) -> None:
+        with self.lock:
+            self.kept.setdefault(_address(x), Handle()).streams.add(self.stream)
+
     def pool(self) -> Handle:
         self.handles.append(Handle())
         return self.handles[-1]
@@ -169,23 +176,21 @@ class _Event:
 
 
 class Recorder(TorchDispatchMode):
-    """What is done, in order: (call, what it gave)."""
+    """What is done, in order: (call, what it gave); no call where nothing was written."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tape: list[tuple[Callable[[], Any], Any]] = []
-        self.places: set[int] = set()  # memory that nothing on the tape writes
+        self.tape: list[tuple[Callable[[], Any] | None, Any]] = []
         self.made: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if "empty" in str(func):
-            self.places |= {_address(x) for x in _tensors(result)}
-        self.add(lambda: func(*args, **kwargs), (args, kwargs), result)
+        blank = "empty" in str(func)
+        self.add(None if blank else lambda: func(*args, **kwargs), (args, kwargs), result)
         return result
 
-    def add(self, call: Callable[[], Any], given: Any, result: Any) -> None:
+    def add(self, call: Callable[[], Any] | None, given: Any, result: Any) -> None:
         known = {_address(x) for x in _tensors(given)}
         for x in _tensors(result):
             if _address(x) not in known:
@@ -212,12 +217,11 @@ class DoubleGraph:
         self._double.synchronise()
         self._double.use(self._pool)
         self._double.replays += 1
-        for address, x in self._recorder.made.items():
-            if address not in self._recorder.places:
-                self._poison(x)
+        for x in self._recorder.made.values():
+            self._poison(x)
         with torch.no_grad(), _disable_current_modes():
             for call, result in self._recorder.tape:
-                if any(_address(x) in self._recorder.places for x in _tensors(result)):
+                if call is None:
                     continue
                 for x, again in zip(_tensors(result), _tensors(call()), strict=True):
                     if _address(x) != _address(again):
@@ -232,9 +236,14 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         used = {_address(x) for x in _tensors((args, kwargs, result))}
-        for handle in self._double.handles:
-            if used & handle.addresses and not self._double.is_capturing():
-                self._double.use(handle)
+        double = self._double
+        for handle in double.handles:
+            if used & handle.addresses and not double.is_capturing():
+                double.use(handle)
+        for address in used & double.kept.keys():
+            double.use(double.kept[address])
+            if double.stream not in double.kept[address].streams:
+                double.races.append(f"{double.stream} uses memory that may go")
         return result
 
 

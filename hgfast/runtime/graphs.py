@@ -17,9 +17,8 @@ time. That is safe only because their replays are ordered: what one graph keeps 
 kernels is where another keeps its own. So the copies into a graph, its replay and the copies out
 of it are one turn: it holds the pool's lock until all of it is enqueued, and begins by waiting for
 the event that ended the turn before, on whatever stream that was. The price: two streams that run
-one model take turns on the device. Copies of a model have pools of their own, and do not. What
-graphs keep beyond their turns, inputs and outputs, is in the pool too. It is only memory of the
-pool, so nothing outside can come by it before the graphs are gone and torch has given it back.
+one model take turns on the device. Copies of a model have pools of their own, and do not. Between
+its turns a graph keeps its inputs and outputs; what it needs on the way, it shares with the others.
 
 Weights. An executor is bound to one state of the weights, and a new one takes its place when they
 change. Its graphs belong to it and go with it.
@@ -82,6 +81,9 @@ class Device(Protocol):
 
     def event(self) -> Event: ...
 
+    def keep(self, x: Tensor) -> None:
+        """The memory of ``x`` stays until the current stream has done what it is given now."""
+
     def pool(self) -> Any:
         """A handle of memory for graphs, none of which is there yet."""
 
@@ -115,6 +117,9 @@ class CudaDevice:
 
     def event(self) -> Event:
         return _CudaEvent(self._device)
+
+    def keep(self, x: Tensor) -> None:
+        x.record_stream(torch.cuda.current_stream(self._device))
 
     def pool(self) -> Any:
         return torch.cuda.graph_pool_handle()
@@ -214,21 +219,24 @@ class Pool:
         users = list(self._users)  # who is here now stays until the new one is
         if not users:  # torch forgets a handle with its last graph
             self._handle = self.device.pool()
-        places: list[Tensor] = []
-        outputs: dict[int, Tensor] = {}
-
-        def record() -> None:
-            # Never inference tensors: calls outside of inference mode will write to them too.
-            with torch.inference_mode(False), torch.no_grad():
-                for x, layout in zip(inputs, formats, strict=True):
-                    place = torch.empty(
-                        x.shape, dtype=x.dtype, device=x.device, memory_format=layout
-                    )
-                    places.append(place)
-                outputs.update(executor.run(places))
-
-        graph = self.device.capture(lambda: executor.run(inputs), record, self._handle)
-        captured = _Captured(graph, places, outputs)
+        # Never inference tensors: calls outside of inference mode will write to them too.
+        with torch.inference_mode(False), torch.no_grad():
+            # Not made in the capture: where torch fills new memory (deterministic algorithms), the
+            # graph would do so behind each copy into them. And the run before it meets the same
+            # alignment, by which cuDNN's choices are kept.
+            places = [
+                torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
+                for x, layout in zip(inputs, formats, strict=True)
+            ]
+            for place, x in zip(places, inputs, strict=True):
+                place.copy_(x)
+            outputs: dict[int, Tensor] = {}
+            graph = self.device.capture(
+                lambda: executor.run(places),
+                lambda: outputs.update(executor.run(places)),
+                self._handle,
+            )
+        captured = _Captured(self.device, graph, places, outputs)
         self._users.add(captured)
         del users
         return captured
@@ -236,8 +244,9 @@ class Pool:
 
 @dataclass(eq=False)
 class _Captured:
-    """A graph, and the tensors of its pool that calls copy into and out of."""
+    """A graph, and the tensors that calls copy into and out of."""
 
+    device: Device
     graph: Graph
     inputs: list[Tensor]
     outputs: dict[int, Tensor]
@@ -246,6 +255,7 @@ class _Captured:
         """To be called in a turn of its pool."""
         with torch.no_grad():
             for place, x in zip(self.inputs, inputs, strict=True):
+                self.device.keep(place)
                 place.copy_(x)
             self.graph.replay()
             return {number: y.clone() for number, y in self.outputs.items()}
@@ -334,8 +344,8 @@ class GraphedExecutor:
         """All that decides which kernels a run launches, other than the executor itself."""
         kind = self._pool.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        cudnn = torch.backends.cudnn
-        switches = (autocast, cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+        cudnn, is_strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+        switches = (autocast, cudnn.enabled, cudnn.benchmark, cudnn.deterministic, is_strict)
         return (*((x.shape, x.dtype) for x in inputs), *formats, switches)
 
     def _is_due(self, key: _Key) -> bool:
