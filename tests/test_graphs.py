@@ -454,6 +454,14 @@ def test_a_model_replays_and_gives_the_same_bits(gpu: Double) -> None:
     assert hgfast.verify(model, fast, picture()).ok
 
 
+@pytest.mark.parametrize("decode", [None, "quarter"])
+def test_verify_judges_a_replay(decode: str | None, gpu: Double) -> None:
+    model = small()
+    fast = hgfast.optimize(model, decode=decode, cuda_graph=True)
+    assert hgfast.verify(model, fast, picture()).ok
+    assert (gpu.captures, gpu.replays) == (1, 1)
+
+
 def test_changed_weights_take_their_graphs_along(gpu: Double) -> None:
     fast = hgfast.optimize(small(), cuda_graph=True)
     (region,) = regions_of(fast)

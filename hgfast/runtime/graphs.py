@@ -151,17 +151,26 @@ class CudaDevice:
             record()
             graph.capture_end()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the stream captures no more
-                graph.capture_end()
-            _failed.append(graph)
-            # Torch's allocator is not told of a capture that ends in an error.
-            for tell in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-                with contextlib.suppress(RuntimeError, AttributeError):
-                    getattr(torch._C, tell)(self._device.index, pool)
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()  # or the stream goes on
+            self._clean_up(graph, pool)
             raise
         finally:
             _forget_workspaces()
         return graph
+
+    def _clean_up(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Tell torch's allocator of a capture that CUDA has ended with an error: nobody else does.
+
+        It would keep memory for it, and hold back what streams are done with.
+        """
+        try:
+            graph.pool()
+        except RuntimeError:  # not ended as far as torch knows
+            _failed.append(graph)
+            for tell in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    getattr(torch._C, tell)(self._device.index, pool)
 
 
 def _forget_workspaces() -> None:
