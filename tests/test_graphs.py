@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -818,3 +819,150 @@ def test_a_graph_keeps_its_inputs_and_outputs_and_no_more(gpu: Double) -> None:
     kept = {place.untyped_storage().data_ptr(): place.untyped_storage() for place in places}
     extra = sum(y.numel() * y.element_size() for y in (x, *tree_leaves(values)))
     assert sum(storage.nbytes() for storage in kept.values()) == extra
+
+
+# ---- what is asked of torch.cuda, in which order ----
+
+
+class Cuda:
+    """Stands in for torch.cuda: writes down what is asked of it, and fails where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[Any] = []
+        self.current = "main"
+        self.fails: set[str] = set()
+        monkeypatch.setattr(graphs, "_streams", {})
+        monkeypatch.setattr(graphs, "_failed", [])
+        names = ("Stream", "Event", "CUDAGraph", "current_stream", "stream", "graph_pool_handle")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        told = ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool", "_cuda_releasePool")
+        for name in told:
+            monkeypatch.setattr(
+                torch._C, name, lambda *args, name=name: self.did(name, *args), raising=False
+            )
+
+    def did(self, *what: Any) -> None:
+        self.log.append((*what, "on", self.current))
+        if what[0] in self.fails:
+            raise RuntimeError(f"{what[0]} failed")
+
+    def graph_pool_handle(self) -> Any:
+        return "a pool"
+
+    def Stream(self, device: Any) -> Any:  # noqa: N802
+        return self.current_stream(device, "side")
+
+    def current_stream(self, device: Any, name: str | None = None) -> Any:
+        cuda, called = self, name or self.current
+        assert device == torch.device("cuda", 1)
+
+        class Stream:
+            name = called
+
+            def wait_stream(self, other: Any) -> None:
+                cuda.log.append((self.name, "waits for", other.name))
+
+        return Stream()
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        cuda = self
+
+        class CUDAGraph:
+            has_ended = False
+
+            def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+                cuda.did("begin", pool, capture_error_mode)
+
+            def capture_end(self) -> None:
+                cuda.did("end")
+                self.has_ended = True
+
+            def pool(self) -> Any:
+                if not self.has_ended:
+                    raise RuntimeError("called without a preceding successful capture")
+
+        return CUDAGraph()
+
+    def Event(self) -> Any:  # noqa: N802
+        cuda = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                cuda.log.append(("record", stream.name))
+
+            def wait(self, stream: Any) -> None:
+                cuda.log.append(("wait", stream.name))
+
+        return Event()
+
+
+def test_a_capture_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_double = Cuda(monkeypatch)
+    device = graphs.CudaDevice(torch.device("cuda", 1))
+    event = device.event()
+    event.wait()
+    event.record()
+    graph = device.capture(
+        lambda: cuda_double.did("warm up"), lambda: cuda_double.did("run"), device.pool()
+    )
+    clear = ("_cuda_clearCublasWorkspaces", "on", "side")
+    assert cuda_double.log == [
+        ("wait", "main"),
+        ("record", "main"),
+        ("side", "waits for", "main"),
+        ("warm up", "on", "side"),
+        clear,
+        ("begin", "a pool", "thread_local", "on", "side"),
+        ("run", "on", "side"),
+        ("end", "on", "side"),
+        clear,
+        ("main", "waits for", "side"),
+    ]
+    assert graph.has_ended  # type: ignore[attr-defined]
+    assert graphs._failed == []
+    first = graphs._streams[torch.device("cuda", 1)]
+    device.capture(lambda: None, lambda: None, device.pool())
+    assert graphs._streams == {torch.device("cuda", 1): first}  # streams are few
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ({"warm up"}, False),
+        ({"run"}, False),  # an error of Python's: the capture ends as any other
+        ({"run", "end"}, True),  # one of CUDA's: it is invalid
+        ({"end"}, True),
+        ({"begin", "end"}, True),
+    ],
+)
+def test_a_capture_on_a_gpu_that_fails(
+    fails: set[str], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda_double = Cuda(monkeypatch)
+    cuda_double.fails = {*fails, "_cuda_endAllocateToPool"}  # which must not hide the error
+    device = graphs.CudaDevice(torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match=f"{'|'.join(fails - {'end'}) or 'end'} failed"):
+        device.capture(
+            lambda: cuda_double.did("warm up"), lambda: cuda_double.did("run"), device.pool()
+        )
+    log = cuda_double.log
+    assert log[-1] == ("main", "waits for", "side")
+    asked = [
+        line[:3] for line in log if line[0] in ("_cuda_endAllocateToPool", "_cuda_releasePool")
+    ]
+    wanted = [("_cuda_endAllocateToPool", 1, "a pool"), ("_cuda_releasePool", 1, "a pool")]
+    assert asked == (wanted if told else [])
+    assert len(graphs._failed) == told
+    if "warm up" not in fails:
+        assert ("end", "on", "side") in log
+    cuda_double.fails = set()
+    assert device.capture(lambda: None, lambda: None, device.pool())  # the next one can
