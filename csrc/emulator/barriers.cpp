@@ -57,8 +57,21 @@ void Block::init_barrier(uint32_t address, int arrivals, Place place) {
       fail_shared(fault, "init_barrier", true, address + i, thread_, place, *this);
   const int agent = cluster_->new_agent();
   if (agent < 0) fail("bad barrier", thread_, "too many barriers for the emulator");
-  barriers_.push_back({address, static_cast<uint32_t>(agent), arrivals, arrivals, 0, 0, asker.agent,
-                       asker.time, {}, Clocks::kNothing, false, 0, 0, kNobody, {}});
+  barriers_.push_back({address,
+                       static_cast<uint32_t>(agent),
+                       arrivals,
+                       arrivals,
+                       0,
+                       0,
+                       asker.agent,
+                       asker.time,
+                       {},
+                       Clocks::kNothing,
+                       false,
+                       0,
+                       0,
+                       kNobody,
+                       {}});
 }
 
 void Block::fence_barriers() {
@@ -96,15 +109,16 @@ void Block::arrive(uint32_t address, int rank, int bytes, const char* function, 
   Block& owner = rank < 0 ? *this : other_block(function, rank, place);
   BarrierState& barrier = barrier_at(owner, function, address, place);
   if (barrier.missing == 0)
-    fail("too many arrivals", thread_,
-         "%s at %s:%d: the phase of the barrier at byte offset %u has all its %d arrivals and waits "
-         "for %lld bytes",
-         function, place.file, place.line, address - SharedMemory::kBase, barrier.arrivals,
-         static_cast<long long>(barrier.bytes));
+    fail(
+        "too many arrivals", thread_,
+        "%s at %s:%d: the phase of the barrier at byte offset %u has all its %d arrivals and waits "
+        "for %lld bytes",
+        function, place.file, place.line, address - SharedMemory::kBase, barrier.arrivals,
+        static_cast<long long>(barrier.bytes));
   constexpr int kMostBytes = (1 << 20) - 1;  // that a phase can wait for
   if (bytes < 0 || barrier.bytes + bytes > kMostBytes)
-    fail("bad barrier", thread_, "%s at %s:%d: %d bytes more, and a phase counts up to %d", function,
-         place.file, place.line, bytes, kMostBytes);
+    fail("bad barrier", thread_, "%s at %s:%d: %d bytes more, and a phase counts up to %d",
+         function, place.file, place.line, bytes, kMostBytes);
   if (&owner != this) owner.note_remote(asker(thread_, place), function);
   barrier.bytes += bytes;
   --barrier.missing;
@@ -153,8 +167,8 @@ void Block::arrive_cluster(Place place) {
   Thread& thread = thread_states_[thread_];
   Cluster::Gate& gate = cluster_->gate;
   if (thread.at_gate)
-    fail("divergent barrier", thread_, "arrive_cluster at %s:%d, with no wait_cluster since the last",
-         place.file, place.line);
+    fail("divergent barrier", thread_,
+         "arrive_cluster at %s:%d, with no wait_cluster since the last", place.file, place.line);
   thread.at_gate = true;
   thread.gate_phase = gate.phase;
   gather(gate.gathered, thread_);

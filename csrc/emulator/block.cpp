@@ -132,9 +132,10 @@ void Block::end_thread() {
   Thread& thread = thread_states_[thread_];
   if (thread.delivered < thread.copies.size()) {
     const Place place = place_of(thread.copies[thread.delivered].by);
-    fail("copy never waited for", thread_,
-         "copy_async at %s:%d is under way when its thread ends, to byte offset %u of shared memory",
-         place.file, place.line, thread.copies[thread.delivered].to - SharedMemory::kBase);
+    fail(
+        "copy never waited for", thread_,
+        "copy_async at %s:%d is under way when its thread ends, to byte offset %u of shared memory",
+        place.file, place.line, thread.copies[thread.delivered].to - SharedMemory::kBase);
   }
   if (!thread.stores.empty()) {
     const Place place = place_of(thread.stores.front().by);
@@ -405,8 +406,9 @@ uint32_t Block::agent(int thread) const {
 Asker Block::asker(int thread, Place place) {
   const Thread& state = thread_states_[thread];
   const Clocks& clocks = cluster_->clocks();
-  return {clocks.seen(state.clock), clocks.fenced(state.clock), agent(thread),
-          state.time,               state.fenced,               stamp(thread, place)};
+  return {
+      clocks.seen(state.clock), clocks.fenced(state.clock), agent(thread), state.time, state.fenced,
+      stamp(thread, place)};
 }
 
 void Block::learn(Thread& thread, int clock) {
@@ -519,9 +521,10 @@ Block& Block::other_block(const char* function, int rank, Place place) {
     const uint32_t* const seen = cluster_->clocks().seen(thread_states_[thread_].clock);
     const uint32_t* const its = seen + cluster_->agent_of(rank, 0);
     if (std::all_of(its, its + threads_, [](uint32_t time) { return time == 0; }))
-      fail("not begun", thread_,
-           "%s at %s:%d touches the shared memory of block %lld, and nothing says that it has begun",
-           function, place.file, place.line, static_cast<long long>(other.index_));
+      fail(
+          "not begun", thread_,
+          "%s at %s:%d touches the shared memory of block %lld, and nothing says that it has begun",
+          function, place.file, place.line, static_cast<long long>(other.index_));
   }
   if (other.ended_ == other.threads_)
     fail("ended too early", thread_,
@@ -678,9 +681,8 @@ void Block::write_global(const char* function, char* to, const void* from, uint3
     fail("written twice", thread_of(by),
          "%s at %s:%d writes byte offset %lld of array %d, which block %lld, thread %d "
          "wrote at %s:%d",
-         function, here.file, here.line,
-         static_cast<long long>(address - (*global_)[array].begin), array,
-         static_cast<long long>(before.block), thread_of(before.by), there.file, there.line);
+         function, here.file, here.line, static_cast<long long>(address - (*global_)[array].begin),
+         array, static_cast<long long>(before.block), thread_of(before.by), there.file, there.line);
   }
   std::memcpy(to, from, bytes);
   counters_.global_bytes_stored += bytes;

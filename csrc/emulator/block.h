@@ -100,8 +100,7 @@ class Block {
     uint64_t a_operand, b;
     bool accumulate;
   };
-  using Multiply = void (*)(float* d, int n, const uint32_t (&a)[16][8],
-                            const uint32_t* const* b);
+  using Multiply = void (*)(float* d, int n, const uint32_t (&a)[16][8], const uint32_t* const* b);
   void add_product(const Product* const (&lanes)[kLanes], Multiply, Place);
   void begin_products(Place);
   void commit_products(Place);
@@ -143,7 +142,7 @@ class Block {
   struct Sums {
     float* d[kLanes];
     int n, open;
-    uint32_t begins;  // of the warp, when its last product was over
+    uint32_t begins;            // of the warp, when its last product was over
     std::vector<float> values;  // (16, n)
   };
   struct Pending {
@@ -170,9 +169,9 @@ class Block {
     size_t products;          // issued
     std::vector<Pending> pending;
     std::vector<Sums> sums;
-    int registers;    // of a thread
-    size_t changes;   // of these, so many
-    int wanted;     // and how many it waits for; 0: it does not
+    int registers;   // of a thread
+    size_t changes;  // of these, so many
+    int wanted;      // and how many it waits for; 0: it does not
   };
   struct SomeBarrier {
     int arrived = 0, threads = 0;
@@ -188,7 +187,7 @@ class Block {
     uint32_t phase;  // how many are over
     uint32_t made_by, made_at;
     Clocks::Gathered gathered;
-    int clock;  // of the phases that are over
+    int clock;    // of the phases that are over
     bool fenced;  // by fence_barriers, at made_at
     // The last copy that it counted, and in which phase; 0: none.
     uint32_t brought_in, brought_to;
@@ -254,7 +253,7 @@ class Block {
   Stamp stamp(int thread, Place);
   uint32_t agent(int thread) const;
   Asker asker(int thread, Place place);
-  void learn(Thread&, int clock);             // takes the reference
+  void learn(Thread&, int clock);              // takes the reference
   void gather(Clocks::Gathered&, int thread);  // tells what the thread knows and did
   int distinct_askers(Asker (&askers)[kLanes], Place);
 

@@ -118,7 +118,8 @@ class Clocks {
     if (free_.empty()) {
       ++used_;
       if (values_.size() < offset(used_)) values_.resize(std::max(offset(used_), offset(64)));
-      if (static_cast<int>(serials_.size()) < used_) serials_.resize(used_), references_.resize(used_);
+      if (static_cast<int>(serials_.size()) < used_)
+        serials_.resize(used_), references_.resize(used_);
     } else {
       clock = free_.back();
       free_.pop_back();

@@ -42,16 +42,14 @@ void wait_for_previous_kernel();
 
 }  // namespace emulator
 
-inline void init_barrier(Barrier barrier, int arrivals,
-                         emulator::Place place = emulator::here()) {
+inline void init_barrier(Barrier barrier, int arrivals, emulator::Place place = emulator::here()) {
   emulator::init_barrier(barrier, arrivals, place);
 }
 inline void fence_barriers() { emulator::fence_barriers(); }
 inline void arrive(Barrier barrier, emulator::Place place = emulator::here()) {
   emulator::arrive(barrier, -1, 0, "arrive", place);
 }
-inline void arrive_expecting(Barrier barrier, int bytes,
-                             emulator::Place place = emulator::here()) {
+inline void arrive_expecting(Barrier barrier, int bytes, emulator::Place place = emulator::here()) {
   emulator::arrive(barrier, -1, bytes, "arrive_expecting", place);
 }
 inline void arrive_at(Barrier barrier, int rank, emulator::Place place = emulator::here()) {
@@ -93,7 +91,8 @@ constexpr uint64_t kMisaligned = uint64_t{1} << 63;
 }  // namespace emulator
 constexpr uint64_t operand(Shared start, int columns, int rows) {
   const auto all = static_cast<uint32_t>(start | columns | rows);
-  return (all % 16 || all >> 18 ? emulator::kMisaligned : 0) | static_cast<uint64_t>((start & 0x3ffff) >> 4) |
+  return (all % 16 || all >> 18 ? emulator::kMisaligned : 0) |
+         static_cast<uint64_t>((start & 0x3ffff) >> 4) |
          static_cast<uint64_t>((columns & 0x3ffff) >> 4) << 16 |
          static_cast<uint64_t>((rows & 0x3ffff) >> 4) << 32;
 }

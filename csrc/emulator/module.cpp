@@ -145,13 +145,14 @@ PYBIND11_MODULE(hgfast_emulator, m) {
     for (const auto& probe : emulator::probes()) names.push_back(probe.first);
     return names;
   });
-  m.def("run", &run, arg("name"), arg("inputs") = std::vector<py::buffer>(),
-        arg("outputs") = std::vector<py::buffer>(), arg("values") = std::vector<int64_t>(),
-        arg("blocks") = 1, arg("threads") = 32, arg("shared_bytes") = 0, arg("cluster") = 1,
-        arg("registers") = 0, arg("programmatic") = false,
-        arg("constants") = std::vector<size_t>(), arg("maps") = std::vector<Map>(),
-        "Run a probe kernel on contiguous arrays. `constants`: numbers of inputs that no kernel\n"
-        "before writes. `maps`: for each map the number of its array, inputs first, and (batch,\n"
-        "height, width, channels, box_channels, box_width, box_height, swizzle). RuntimeError: the\n"
-        "report of its mistake.");
+  m.def(
+      "run", &run, arg("name"), arg("inputs") = std::vector<py::buffer>(),
+      arg("outputs") = std::vector<py::buffer>(), arg("values") = std::vector<int64_t>(),
+      arg("blocks") = 1, arg("threads") = 32, arg("shared_bytes") = 0, arg("cluster") = 1,
+      arg("registers") = 0, arg("programmatic") = false, arg("constants") = std::vector<size_t>(),
+      arg("maps") = std::vector<Map>(),
+      "Run a probe kernel on contiguous arrays. `constants`: numbers of inputs that no kernel\n"
+      "before writes. `maps`: for each map the number of its array, inputs first, and (batch,\n"
+      "height, width, channels, box_channels, box_width, box_height, swizzle). RuntimeError: the\n"
+      "report of its mistake.");
 }

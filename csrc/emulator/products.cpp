@@ -110,15 +110,15 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
   // The four warps want the same.
   auto& issued = issued_[number / 4];
   if (warp.products == issued.size())
-    issued.push_back(
-        {mine.a_operand, mine.b, mine.n, mine.a != nullptr, mine.accumulate, place});
+    issued.push_back({mine.a_operand, mine.b, mine.n, mine.a != nullptr, mine.accumulate, place});
   Issued& same_one = issued[warp.products++];
   if (same_one.a != mine.a_operand || same_one.b != mine.b || same_one.n != mine.n ||
       same_one.in_registers != (mine.a != nullptr) || same_one.accumulate != mine.accumulate)
-    fail("divergent products", first,
-         "add_product at %s:%d: its operands differ from those of another warp of its warpgroup, at "
-         "%s:%d",
-         place.file, place.line, same_one.place.file, same_one.place.line);
+    fail(
+        "divergent products", first,
+        "add_product at %s:%d: its operands differ from those of another warp of its warpgroup, at "
+        "%s:%d",
+        place.file, place.line, same_one.place.file, same_one.place.line);
 
   // Sums: from now on in the model's hands, and NaN in the kernel's.
   size_t sums = 0;
@@ -166,8 +166,9 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
   if (!mine.a) read(mine.a_operand, number % 4 * 2, 2);
   read(mine.b, 0, mine.n / 8);
 
-  Pending pending{static_cast<int>(sums), mine.n, mine.a != nullptr, {}, mine.a_operand, mine.b, mine.accumulate,
-                  multiply, warp.product_groups, place};
+  Pending pending{static_cast<int>(sums), mine.n, mine.a != nullptr, {},
+                  mine.a_operand,         mine.b, mine.accumulate,   multiply,
+                  warp.product_groups,    place};
   if (mine.a)
     for (int lane = 0; lane < kLanes; ++lane)
       std::memcpy(pending.a[lane], lanes[lane]->a, sizeof pending.a[lane]);

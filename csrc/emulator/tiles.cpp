@@ -68,11 +68,11 @@ void Block::visit_box(const TensorMap& map, const int* at, Visit&& visit) {
         const bool inside = channel >= 0 && channel < s.channels && column >= 0 &&
                             column < s.width && row >= 0 && row < s.height && image >= 0 &&
                             image < s.batch;
-        visit(offset, inside ? map.address + (((image * s.height + row) * s.width + column) *
-                                                  s.channels +
-                                              channel) *
-                                                 2
-                             : nullptr);
+        visit(offset,
+              inside
+                  ? map.address +
+                        (((image * s.height + row) * s.width + column) * s.channels + channel) * 2
+                  : nullptr);
       }
 }
 
@@ -113,7 +113,8 @@ void Block::load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, const
 
 void Block::load_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint32_t ranks,
                       const char* function, Place place) {
-  if (!ranks) fail("no such block", thread_, "%s at %s:%d: for nobody", function, place.file, place.line);
+  if (!ranks)
+    fail("no such block", thread_, "%s at %s:%d: for nobody", function, place.file, place.line);
   if (bytes <= 0 || bytes % 16)
     fail("misaligned", thread_, "%s at %s:%d: %d bytes, no multiple of 16", function, place.file,
          place.line, bytes);
