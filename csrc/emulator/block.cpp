@@ -240,7 +240,8 @@ void Block::switch_to_next() {
   Fiber& mine = thread_states_[thread_].fiber;
   block->thread_ = next;
   current_block = block;
-  mine.switch_to(block->thread_states_[next].fiber);
+  Fiber& chosen = block->thread_states_[next].fiber;
+  if (&chosen != &mine) mine.switch_to(chosen);  // a copy that came just now may have woken it
 }
 
 void Block::leave() {
