@@ -381,8 +381,10 @@ void Block::describe_waiting(std::string& all) {
       all += " for the barrier at byte offset " +
              std::to_string(barrier.address - SharedMemory::kBase) + ", which lacks " +
              std::to_string(barrier.missing) + " of " + std::to_string(barrier.arrivals) +
-             " arrivals and " + std::to_string(barrier.bytes) + " bytes in phase " +
-             std::to_string(barrier.phase);
+             " arrivals and " + std::to_string(std::max<int64_t>(barrier.bytes, 0)) +
+             " bytes in phase " + std::to_string(barrier.phase);
+      if (barrier.bytes < 0)
+        all += ", to which " + std::to_string(-barrier.bytes) + " bytes too many came";
     }
     if (warps_[i / kLanes].wanted)
       all += " for " + std::to_string(warps_[i / kLanes].wanted) + " registers a thread, and " +

@@ -59,6 +59,7 @@ __global__ void wrong_parity(const __grid_constant__ ProbeParams p) {
 template <bool right>
 __global__ void arrives_twice(const __grid_constant__ ProbeParams p) {
   const int thread = thread_index(), threads = static_cast<int>(p.value[0]);
+  store_shared(shared_word(thread), 0u);
   make_barriers(1, threads);
   store_shared(shared_word(thread), mine(p));  // BRANCH
   arrive(barrier(0));
@@ -76,6 +77,7 @@ __global__ void too_many_arrivals(const __grid_constant__ ProbeParams p) {
   if (thread == 0) arrive_expecting(barrier(0), bytes);
   sync_block();
   if (!right && thread == 5) arrive(barrier(0));  // HERE
+  sync_block();
   if (thread == 0) load_bulk(shared_memory(), p.input[0], bytes, barrier(0));
   wait_barrier(barrier(0), 0);
   put(p, load_shared<uint32_t>(shared_word(thread)));
@@ -207,9 +209,11 @@ __global__ void sync_some_without_all(const __grid_constant__ ProbeParams p) {
 template <bool right>
 __global__ void sync_some_for_others(const __grid_constant__ ProbeParams p) {
   const int thread = thread_index(), warp = thread / kWarp;
-  store_shared(shared_word(thread), mine(p));  // THERE
+  store_shared(shared_word(thread), 0u);
+  sync_block();
+  store_shared(shared_word(thread), mine(p));  // BRANCH
   sync_some(right ? 1 : 1 + warp, right ? 64 : 32);
-  put(p, load_shared<uint32_t>(shared_word(63 - thread)));  // HERE
+  put(p, load_shared<uint32_t>(shared_word(63 - thread)));  // BRANCH
 }
 
 // ---- Products of a warpgroup ----
@@ -248,7 +252,7 @@ __global__ void operand_never_written(const __grid_constant__ ProbeParams p) {
   sync_block();
   float d[32] = {};
   begin_products();
-  add_product<BFloat16>(d, part(0), part(right ? kPart : kPart + 128));  // HERE
+  add_product<BFloat16>(d, part(0), part(right ? kPart : kPart + 16));  // HERE
   commit_products();
   wait_products<0>();
   put(p, text(d[0]));
@@ -372,7 +376,7 @@ __global__ void product_left_out(const __grid_constant__ ProbeParams p) {
 
 template <bool right>
 __global__ void product_of_half_a_group(const __grid_constant__ ProbeParams p) {
-  if (right || thread_index() >= kWarpgroup) begin_products();  // HERE
+  if (!right || thread_index() < kWarpgroup) begin_products();  // HERE
   put(p, mine(p));
 }
 
@@ -461,7 +465,7 @@ __global__ void tile_overwritten_by_others(const __grid_constant__ ProbeParams p
     wait_stores<0>();
   }
   if constexpr (right) sync_block();
-  if (thread_index() == 60) store_shared(shared_word(4), value);  // BRANCH
+  if (thread_index() == 20) store_shared(shared_word(4), value);  // BRANCH
 }
 
 template <bool right>
@@ -521,7 +525,7 @@ __global__ void bytes_without_zeros(const __grid_constant__ ProbeParams p) {
     arrive_expecting(barrier(0), right ? 64 : 32);
     load_tile(shared_memory(), p.map[1], barrier(0), 0, -2, 0, 0);
   }
-  wait_barrier(barrier(0), 0);  // a phase too early, or never one
+  wait_barrier(barrier(0), 0);  // HERE
   const uint32_t value = load_shared<uint32_t>(shared_word(thread_index() % 16));
   put(p, value);
 }
