@@ -511,6 +511,7 @@ TABLE = {
     "product_of_half_a_group": ("no warpgroup", {"threads": 160}),
     "released_before_the_products": ("race", STAGE),
     "one_arrives_for_all": (("race", "deadlock"), STAGE),
+    "told_to_one_lane": ("race", STAGE),
     "tile_not_fenced": ("not fenced", STORED),
     "tile_overwritten": ("race", STORED),
     "tile_overwritten_by_others": ("race", STORED),

@@ -423,6 +423,40 @@ __global__ void one_arrives_for_all(const __grid_constant__ ProbeParams p) {
   products_of_stage<right ? Release::at_once : Release::one_for_all>(p);
 }
 
+// A thread reads part of an operand, and tells it to the first lane of each warp alone.
+template <bool right>
+__global__ void told_to_one_lane(const __grid_constant__ ProbeParams p) {
+  const int thread = thread_index(), lane = thread % kWarp;
+  make_barriers(3, 1);
+  if (thread == 0) {
+    init_barrier(barrier(3), 4);
+    fence_barriers();
+  }
+  if (thread < kWarpgroup) write_operands();
+  fence_async();
+  sync_block();
+  uint32_t value = 0;
+  if (thread == kWarpgroup) {
+    value = load_shared<uint32_t>(shared_word(0));  // THERE
+    arrive(barrier(0));
+  } else if (thread == kWarpgroup + 1) {
+    wait_barrier(barrier(3), 0);
+    arrive_expecting(barrier(1), 16);
+    load_bulk(shared_memory(), p.input[0], 16, barrier(1));  // HERE
+    wait_barrier(barrier(1), 0);
+  } else if (thread < kWarpgroup) {
+    if (lane == 0) wait_barrier(barrier(0), 0);
+    float d[32] = {};
+    begin_products();
+    add_product<BFloat16>(d, part(0), part(kPart));
+    commit_products();
+    wait_products<0>();
+    value = text(d[0]);
+    if (lane == (right ? 0 : 5)) arrive(barrier(3));
+  }
+  put(p, value);
+}
+
 // ---- Tiles ----
 
 // A box of four pixels of eight channels; map[0] is of the output, map[1] of the input.
@@ -727,6 +761,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(product_of_half_a_group),
     HGFAST_PLANTED(released_before_the_products),
     HGFAST_PLANTED(one_arrives_for_all),
+    HGFAST_PLANTED(told_to_one_lane),
     HGFAST_PLANTED(tile_not_fenced),
     HGFAST_PLANTED(tile_overwritten),
     HGFAST_PLANTED(tile_overwritten_by_others),
