@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "cuda/hopper_bottleneck.h"
+
 #ifdef HGFAST_HOPPER
 
 namespace hgfast {
@@ -132,7 +134,7 @@ std::string CudaLatencyBottleneck::obstacle(const at::Device& device, int64_t in
                     ") are not multiples of 16, 32 and 32");
   const c10::OptionalDeviceGuard guard(device);
   bool there = false;
-  check_launched("bottleneck", cuda::latency_runs_here(there));
+  check_launched("bottleneck", cuda::is_hopper(there));
   if (!there) return "this GPU is no Hopper (sm_90)";
   int shared_bytes = 0;
   check_launched("bottleneck", cuda::shared_memory_of_a_block(shared_bytes));

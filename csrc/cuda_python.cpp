@@ -90,6 +90,20 @@ void bind_cuda(pybind11::module_& m) {
       "Every instance of the head's kernel, and the shared memory of a block for 17 joints and as "
       "many channels as an hourglass has for it: 256, or 64.");
 #ifdef HGFAST_HOPPER
+  py::class_<CudaHopperBottleneck>(
+      m, "CudaHopperBottleneck",
+      "A residual block with its weights packed for Hopper's warpgroups. Immutable.")
+      .def(py::init(torch::wrap_pybind_function(&make_block<CudaHopperBottleneck>)), arg("element"),
+           arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
+           arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("relu") = false)
+      .def("run", torch::wrap_pybind_function_no_gil(&CudaHopperBottleneck::run), arg("x"),
+           arg("low") = py::none(), arg("pooled") = false)
+      .def("tensors", &CudaHopperBottleneck::tensors)
+      .def_static("obstacle", torch::wrap_pybind_function(&CudaHopperBottleneck::obstacle),
+                  arg("device"), arg("in"), arg("middle"), arg("out"));
+  m.def(
+      "hopper_bottleneck_variants", [] { return rows(cuda::hopper_bottleneck_variants()); },
+      "Every instance of the bottleneck kernel for Hopper, and the shared memory of a block.");
   py::class_<CudaLatencyBottleneck>(
       m, "CudaLatencyBottleneck",
       "A residual block with its weights packed for clusters of blocks on Hopper. Immutable.")
@@ -103,18 +117,7 @@ void bind_cuda(pybind11::module_& m) {
       .def_static("obstacle", torch::wrap_pybind_function(&CudaLatencyBottleneck::obstacle),
                   arg("device"), arg("in"), arg("middle"), arg("out"), arg("project"));
   m.def(
-      "latency_variants",
-      [] {
-        py::list rows;
-        for (const auto& row : cuda::latency_variants()) {
-          py::dict entry;
-          entry["name"] = row.name;
-          entry["threads"] = row.threads;
-          entry["shared_bytes"] = row.shared_bytes;
-          rows.append(entry);
-        }
-        return rows;
-      },
+      "latency_variants", [] { return rows(cuda::latency_variants()); },
       "Every instance of the bottleneck kernel over clusters, and the shared memory of a block for "
       "256, 128 and 256 channels.");
 #endif

@@ -278,7 +278,7 @@ DRIVER = """
 
 extern "C" const char* run(void** arrays) {
   using namespace hgfast::cuda;
-  emulated_device = {1, 227 * 1024};
+  emulated_device = {1, 227 * 1024, 9, 0};
   emulator::set_seed(*static_cast<const int*>(arrays[0]));
   emulator::set_threads(1);
   BottleneckParams p{};

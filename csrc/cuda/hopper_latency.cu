@@ -123,31 +123,15 @@ bool choose_latency(const BottleneckParams& p, int multiprocessors, int shared_l
   return choose(p, multiprocessors, shared_limit, variant) != nullptr;
 }
 
-cudaError_t latency_runs_here(bool& there) {
-#ifdef HGFAST_EMULATE
-  there = emulated_device.shared_bytes > 163 * 1024;  // Hopper and its successors have as much
-  return cudaSuccess;
-#else
-  int device = 0, major = 0, minor = 0;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
-    return error;
-  if (const auto error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device))
-    return error;
-  there = major == 9 && minor == 0;
-  return cudaSuccess;
-#endif
-}
-
-std::vector<LatencyVariant> latency_variants() {
-  std::vector<LatencyVariant> variants;
+std::vector<BottleneckVariant> latency_variants() {
+  std::vector<BottleneckVariant> variants;
   for (const Entry& entry : kEntries) {
     BottleneckParams p{};
     p.in = p.out = 256;
     p.middle = 128;
     LatencyVariant variant;
     entry.variant(entry.name, p, 8 / entry.strips, kShared, variant);
-    variants.push_back(variant);
+    variants.push_back({variant.name, variant.threads, 0, variant.shared_bytes});
   }
   return variants;
 }
@@ -156,11 +140,9 @@ cudaError_t latency(const BottleneckParams& p, bool programmatic, cudaStream_t s
                     const char** name) {
   if (p.batch == 0) return cudaSuccess;
   if (!sensible(p)) return cudaErrorInvalidValue;
-  bool there = false;
-  if (const auto error = latency_runs_here(there)) return error;
-  if (!there) return cudaErrorNotSupported;
   Device device{};
   if (const auto error = current_device(device)) return error;
+  if (device.major != 9 || device.minor != 0) return cudaErrorNotSupported;
   LatencyVariant variant;
   const Entry* entry = choose(p, device.multiprocessors, device.shared_bytes, variant);
   if (!entry) return cudaErrorInvalidConfiguration;

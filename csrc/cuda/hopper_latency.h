@@ -74,14 +74,12 @@ struct LatencyVariant {
 bool choose_latency(const BottleneckParams&, int multiprocessors, int shared_limit,
                     LatencyVariant& variant);
 
-// Whether the current device runs this file's kernels: sm_90.
-cudaError_t latency_runs_here(bool& there);
-
 // All instances, each with the most shared memory that a block of it asks for where two blocks
 // share a multiprocessor. `blocks` is 0.
-std::vector<LatencyVariant> latency_variants();
+std::vector<BottleneckVariant> latency_variants();
 
 // Launches the variant that suits the current device; tells its name if asked.
+// cudaErrorNotSupported where that is no Hopper (sm_90).
 cudaError_t latency(const BottleneckParams&, bool programmatic, cudaStream_t,
                     const char** variant = nullptr);
 

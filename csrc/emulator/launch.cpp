@@ -24,8 +24,8 @@ std::atomic<bool> memory_modelled{false};
 thread_local Counters counters_of_last;
 thread_local std::string report_of_last;
 
-// Clusters keep their fibers' stacks and records, to be used again: one for each host thread that has
-// been busy at the same time.
+// Clusters keep their fibers' stacks and records, to be used again: one for each host thread that
+// has been busy at the same time.
 class Pool {
  public:
   std::unique_ptr<Cluster> take() {
@@ -97,15 +97,28 @@ std::string run_blocks(const Launch& launch, const Cluster::Context& context, in
 }  // namespace
 
 void add(Counters& sum, const Counters& part) {
-  for (const auto counter :
-       {&Counters::block_barriers, &Counters::warp_barriers, &Counters::shuffles,
-        &Counters::multiply_adds, &Counters::flops, &Counters::load_matrices,
-        &Counters::store_matrices, &Counters::matrix_conflicts, &Counters::shared_bytes_loaded,
-        &Counters::shared_bytes_stored, &Counters::async_bytes, &Counters::global_bytes_loaded,
-        &Counters::global_bytes_stored, &Counters::partial_barriers, &Counters::cluster_barriers,
-        &Counters::barrier_phases, &Counters::warpgroup_products, &Counters::operand_bytes,
-        &Counters::tile_bytes, &Counters::stored_tile_bytes, &Counters::bulk_bytes,
-        &Counters::remote_bytes})
+  for (const auto counter : {&Counters::block_barriers,
+                             &Counters::warp_barriers,
+                             &Counters::shuffles,
+                             &Counters::multiply_adds,
+                             &Counters::flops,
+                             &Counters::load_matrices,
+                             &Counters::store_matrices,
+                             &Counters::matrix_conflicts,
+                             &Counters::shared_bytes_loaded,
+                             &Counters::shared_bytes_stored,
+                             &Counters::async_bytes,
+                             &Counters::global_bytes_loaded,
+                             &Counters::global_bytes_stored,
+                             &Counters::partial_barriers,
+                             &Counters::cluster_barriers,
+                             &Counters::barrier_phases,
+                             &Counters::warpgroup_products,
+                             &Counters::operand_bytes,
+                             &Counters::tile_bytes,
+                             &Counters::stored_tile_bytes,
+                             &Counters::bulk_bytes,
+                             &Counters::remote_bytes})
     sum.*counter += part.*counter;
 }
 
