@@ -89,7 +89,7 @@ def check(
     return y
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     batch=st.integers(0, 2),
     height=st.integers(1, 6),
@@ -322,16 +322,6 @@ MUTANTS = {
         "",
         ("copy in flight", *RACE, "ended too early"),
     ),
-    "weights are waited for with the wrong parity": (
-        "    wait_own_barrier(filled(slot), parity);\n",
-        "    wait_own_barrier(filled(slot), parity ^ 1);\n",
-        ("copy in flight", "deadlock", *RACE),
-    ),
-    "the vectors are not waited for": (
-        "    wait_own_barrier(vectors_there(), 0);\n",
-        "",
-        ("copy in flight", *RACE),
-    ),
     "a slot is filled again before all warps are done with it": (
         "        wait_own_barrier(emptied(into), slot == 0 ? parity ^ 1 : parity);\n",
         "",
@@ -342,20 +332,10 @@ MUTANTS = {
         "      if (stage >= 0 && lane == 0) arrive(emptied(slot));",
         RACE,
     ),
-    "more bytes are expected than come": (
-        "arrive_expecting(filled(into), strips * bytes);",
-        "arrive_expecting(filled(into), strips * bytes + 16);",
-        ("deadlock",),
-    ),
     "x is read while the kernel in front may be writing it": (
         "    wait_for_previous_kernel();\n",
         "",
         ("too early",),
-    ),
-    "weights are asked for behind the next piece of the tape": (
-        "(begin + int64_t{of_block + strip} * length + first) * kUnit",
-        "(begin + int64_t{of_block + strip + 1} * length + first) * kUnit",
-        ("another result", "out of bounds"),
     ),
     "parts of the sum lie on T1 while it is read": (
         "    sync_block();  // T1 was read: the parts lie there\n",
@@ -363,19 +343,9 @@ MUTANTS = {
         RACE,
     ),
     "parts of the sum are added before they are there": (
-        "    }\n    sync_block();\n",
-        "    }\n",
+        "    sync_block();  // all parts are there\n",
+        "",
         RACE,
-    ),
-    "the barriers are used before they are known": (
-        "    sync_block();\n    let_next_kernel_begin();",
-        "    let_next_kernel_begin();",
-        ("no barrier", *RACE),
-    ),
-    "outside of the image T1 is conv1 of zeros": (
-        "inside_in_halo(row) ? 1 : 0",
-        "1",
-        ("another result",),
     ),
     "the tile hangs over the image's edge": (
         "      if (!inside(y, x)) continue;\n",

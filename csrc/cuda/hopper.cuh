@@ -343,6 +343,16 @@ HGFAST_DEVICE void wait_own_barrier(Barrier barrier, int parity) {
       : "memory");
 }
 
+// 16 bytes that the kernel in front may have written after this one began. load_global() is for
+// what nobody writes from the kernel's begin on: its cache need not see what came since.
+HGFAST_DEVICE uint4 load_written(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
 }  // namespace hgfast::cuda
 
 #endif  // HGFAST_EMULATE

@@ -239,11 +239,11 @@ struct LatencyTile {
   // 8 channels of t.
   HGFAST_DEVICE uint4 load_input(int offset, int channel) const {
     const char* from = x + int64_t{offset + channel} * 2;
-    uint4 most = load_global<uint4>(from);
+    uint4 most = load_written(from);
     if (p.pool) {
       const int64_t right = int64_t{p.in} * 2, down = p.x_width * p.in * 2;
-      const uint4 pieces[] = {load_global<uint4>(from + right), load_global<uint4>(from + down),
-                              load_global<uint4>(from + down + right)};
+      const uint4 pieces[] = {load_written(from + right), load_written(from + down),
+                              load_written(from + down + right)};
 #pragma unroll
       for (const uint4& piece : pieces)
         most = {maximum<T>(most.x, piece.x), maximum<T>(most.y, piece.y),
@@ -432,7 +432,7 @@ struct LatencyTile {
       for (int n = 0; n < 2; ++n)
         store_shared(fragment(number, m, n),
                      float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
-    sync_block();
+    sync_block();  // all parts are there
 #pragma unroll 1
     for (int unit = warp; unit < 4 * at.strips; unit += Config::warps) {
       const int m = unit % 4, strip = unit / 4;
@@ -539,8 +539,8 @@ struct LatencyTile {
         for (float2& value : v) value = {relu(value.x), relu(value.y)};
       }
       if (p.low)
-        add<T>(v, load_global<uint4>(static_cast<const char*>(p.low) + begin / 4 +
-                                     int64_t{at_low + n * 16} * 2));
+        add<T>(v, load_written(static_cast<const char*>(p.low) + begin / 4 +
+                               int64_t{at_low + n * 16} * 2));
       store_global(static_cast<char*>(p.y) + begin + int64_t{at_y + n * 16} * 2,
                    uint4{pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y), pack<T>(v[2].x, v[2].y),
                          pack<T>(v[3].x, v[3].y)});

@@ -150,5 +150,8 @@ inline void wait_own_barrier(Barrier barrier, int parity,
                              emulator::Place place = emulator::here()) {
   emulator::wait_barrier(barrier, parity, place);
 }
+inline uint4 load_written(const void* address, emulator::Place place = emulator::here()) {
+  return load_global<uint4>(address, place);
+}
 
 }  // namespace hgfast::cuda
