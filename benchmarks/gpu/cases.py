@@ -449,6 +449,12 @@ OP_TIERS: dict[str, tuple[Candidate, ...]] = {
     "compile": (ANCHOR, replace(compiled("default"), graph=True)),
     "autotune": (ANCHOR, replace(compiled("max-autotune-no-cudagraphs"), graph=True)),
 }
+# In the kernels over clusters, which hgfast does not take unasked either.
+OP_TIERS["clusters"] = (
+    ANCHOR,
+    replace(ANCHOR, mode="latency"),
+    Candidate("folded", "bf16", True, graph=True),
+)
 #: One launch each, but for eager's.
 DECODED = (
     ANCHOR,
@@ -478,7 +484,10 @@ NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
         Candidate("eager", "fp16", True, graph=True),
     ),
     # In kernels that hgfast does not take unasked before a run like this has spoken for them.
-    "unproven": (ANCHOR, *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head"))),
+    "unproven": (
+        ANCHOR,
+        *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head", "latency")),
+    ),
     "compile": (ANCHOR, *both(compiled("default"))),
     "autotune": (
         ANCHOR,
@@ -516,7 +525,7 @@ class Item:
 #: A tier's limit in seconds, for an op and for a network.
 LIMITS = {
     "main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420),
-    "unproven": (0, 60),
+    "unproven": (0, 60), "clusters": (40, 0),
     "decode": (60, 0), "decode and others": (60, 0),
 }  # fmt: skip
 
@@ -548,6 +557,7 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_ops("main", ("stem",), sizes.batches, (sizes.image // 2,))
     of_ops("main", ("head",), sizes.batches, sizes.levels[:1])
     of_networks("unproven", (first, one), (first, large))
+    of_ops("clusters", fused[:1], (one,), sizes.levels)
     of_ops("decode and others", ("decode quarter",), sizes.images, (sizes.heatmaps,))
     decodes = tuple(f"decode {method}" for method in METHODS if method != "quarter")
     of_ops("decode", decodes, sizes.images[:1], (sizes.heatmaps,))
