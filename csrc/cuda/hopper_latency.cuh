@@ -337,6 +337,7 @@ struct LatencyTile {
                                bool works, int first, int strips) {
     const int slices = padded_in() / 32;
     uint4 now[fetches][2] = {};
+    bool there = false;  // what `now` is for
 #pragma unroll 1  // one copy of all this: what runs once must first be read
     for (int begin = -fetches; begin < slices; begin += fetches) {
       uint4 next[fetches][2];
@@ -349,7 +350,7 @@ struct LatencyTile {
                                                               : uint4{0, 0, 0, 0};
         }
       }
-      if (begin >= 0) {
+      if (there) {  // not begin >= 0: GCC 12 splits such a loop, and gets it wrong
         if (2 * begin % steps == 0) step();
 #pragma unroll
         for (int i = 0; i < fetches; ++i) {
@@ -381,6 +382,7 @@ struct LatencyTile {
       for (int i = 0; i < fetches; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) now[i][half] = next[i][half];
+      there = true;
     }
   }
 
