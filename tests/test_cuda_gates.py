@@ -25,6 +25,21 @@ from cuda_gates import (
 
 pytestmark = pytest.mark.skipif(cuda_gates.missing() is not None, reason=str(cuda_gates.missing()))
 
+#: Of both kernels over clusters of blocks.
+CLUSTERED: list[tuple[str, ...]] = [
+    ("HMMA",),
+    ("UBLKCP",),  # weights, by the copy engine
+    ("SYNCS",),
+    ("UCGABAR_ARV",),  # barriers of the cluster
+    ("UCGABAR_WAIT",),
+    ("ST.E.128",),  # into the other blocks' shared memory
+    ("ACQBULK",),  # the wait for the kernel in front,
+    ("PREEXIT",),  # and leave for the one behind
+    ("LDSM",),
+    ("LDG.E.128",),
+    ("STG.E.128",),
+]
+
 #: What each kernel is meant to be made of; one opcode of each row must be there.
 MEANT = {
     "bottleneck_kernel": [
@@ -48,19 +63,8 @@ MEANT = {
         ("LDSM",),
         ("STSM",),
     ],
-    "latency_kernel": [
-        ("HMMA",),
-        ("UBLKCP",),  # weights, by the copy engine
-        ("SYNCS",),
-        ("UCGABAR_ARV",),  # barriers of the cluster
-        ("UCGABAR_WAIT",),
-        ("ST.E.128",),  # into the other blocks' shared memory
-        ("ACQBULK",),  # the wait for the kernel in front,
-        ("PREEXIT",),  # and leave for the one behind
-        ("LDSM",),
-        ("LDG.E.128",),
-        ("STG.E.128",),
-    ],
+    "latency_kernel": CLUSTERED,
+    "subtree_kernel": CLUSTERED,
 }
 #: And how often, where the number says that nothing was unrolled, kept back or done twice.
 COUNTED = {
@@ -69,6 +73,7 @@ COUNTED = {
     # What the kernel in front writes may not come through the cache for constants; and of the waits
     # only the cluster's three drop the L1 cache.
     "latency_kernel": {"LDG.CONSTANT": 0, "CCTL.IVALL": 3},
+    "subtree_kernel": {"LDG.CONSTANT": 0, "CCTL.IVALL": 3},
 }
 LOCAL_MEMORY = ("LDL", "STL")
 

@@ -405,62 +405,63 @@ extern "C" const char* run(void** arrays) {
 }
 """
 
+# What is planted -> texts of the kernel, each with its replacement, and the kinds of report that are
+# an answer.
 RACE = ("race", "uninitialised")
-MUTANTS = {
+MUTANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "T1 is read before the other blocks have written theirs": (
-        "    wait_cluster();  // T1 is whole\n",
-        "    /* later */\n",
+        {
+            "    wait_cluster();  // T1 is whole\n": "",
+            "    add_parts(sums, ": "    wait_cluster();\n    add_parts(sums, ",
+        },
         RACE,
     ),
     "T2 is read before the other blocks have written theirs": (
-        "if (pass == 0) wait_cluster();  // T2 is whole",
-        "",
+        {"if (pass == 0) wait_cluster();  // T2 is whole": ""},
         (*RACE, "ended too early"),
     ),
+    "a step reads a map before the other blocks have written theirs": (
+        {
+            "    if (kChain) wait_cluster();": "",
+            "    if (!kChain) wait_cluster();": "    wait_cluster();",
+        },
+        RACE,
+    ),
     "nobody says that its T1 is written": (
-        "    sync_warp();\n    arrive_cluster();  // this block's part of T1 is everywhere\n",
-        "",
+        {"    sync_warp();\n    arrive_cluster();  // this block's part of T1 is everywhere\n": ""},
         ("divergent barrier",),
     ),
     "a block ends while others store into it": (
-        "  tile.conv2();\n",
-        "  if (cluster_rank() == 1) return;\n  tile.conv2();\n",
+        {"  tile.conv2();\n": "  if (cluster_rank() == 1) return;\n  tile.conv2();\n"},
         ("ended too early", "deadlock"),
     ),
     "weights are not waited for": (
-        "    wait_own_barrier(filled(slot), parity);\n",
-        "",
+        {"    wait_own_barrier(filled(ring.slot), ring.parity);\n": ""},
         ("copy in flight", *RACE, "ended too early"),
     ),
     "a slot is filled again before all warps are done with it": (
-        "        wait_own_barrier(emptied(into), slot == 0 ? parity ^ 1 : parity);\n",
-        "",
+        {"        wait_own_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);\n": ""},
         (*RACE, "copy in flight"),
     ),
     "one lane says that its warp is done before the others are": (
-        "      sync_warp();\n      if (stage >= 0 && lane == 0) arrive(emptied(slot));",
-        "      if (stage >= 0 && lane == 0) arrive(emptied(slot));",
+        {"      sync_warp();\n      if (ring.stage >= 0 &&": "      if (ring.stage >= 0 &&"},
         RACE,
     ),
     "x is read while the kernel in front may be writing it": (
-        "    wait_for_previous_kernel();\n",
-        "",
+        {"    wait_for_previous_kernel();\n": ""},
         ("too early",),
     ),
     "parts of the sum lie on T1 while it is read": (
-        "    sync_block();  // T1 was read: the parts lie there\n",
-        "",
+        {"    sync_block();  // T1 was read: the parts lie there\n": ""},
         RACE,
     ),
     "parts of the sum are added before they are there": (
-        "    sync_block();  // all parts are there\n",
-        "",
+        {"    sync_block();  // all parts are there\n": ""},
         RACE,
     ),
     "the tile hangs over the image's edge": (
-        "      if (!inside(y, x)) continue;\n",
-        "",
-        ("written twice", "out of bounds"),
+        {"      if (!inside(y, x)) continue;\n": ""},
+        ("written twice", "out of bounds", "copy in flight", *RACE),
     ),
 }
 
@@ -499,10 +500,10 @@ def arrays() -> list[np.ndarray]:
 
 
 def run(library: Path, arrays: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
-    """Reports and results for two orders of threads."""
+    """Reports and results for a block and a chain, in two orders of threads."""
     reports, results = [], []
-    for seed in (0, 1):
-        report, after = mutants.run(library, [np.array([seed], np.int32), *arrays])
+    for chain, seed in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        report, after = mutants.run(library, [np.array([seed, chain], np.int32), *arrays])
         reports.append(report)
         results.append(after[2])
     return reports, results
@@ -527,8 +528,9 @@ def original(
 ) -> list[np.ndarray]:
     folder = tmp_path_factory.mktemp("mutants") / "original"
     reports, results = run(build(HEADER, few_instances, folder, cache), arrays)
-    assert reports == ["", ""]
-    assert np.array_equal(*results)
+    assert reports == [""] * 4
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[2], results[3])
     return results
 
 
@@ -544,13 +546,11 @@ def test_a_planted_mistake_is_noticed(
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    text, replacement, kinds = MUTANTS[planted]
-    assert HEADER.count(text) == 1, f"{text!r} is not in the kernel, or more than once"
-    header = HEADER.replace(text, replacement)
-    if "/* later */" in header:  # every arrival needs its wait
-        behind = "    add_parts(sums, group * Config::strips + strip);\n"
-        assert header.count(behind) == 1
-        header = header.replace(behind, "    wait_cluster();\n" + behind)
+    edits, kinds = MUTANTS[planted]
+    header = HEADER
+    for text, replacement in edits.items():
+        assert header.count(text) == 1, f"{text!r} is not in the kernel, or more than once"
+        header = header.replace(text, replacement)
     library = build(header, few_instances, tmp_path / "it", cache)
     reports, results = run(library, arrays)
     found = {report.partition(":")[0] for report in reports if report}
