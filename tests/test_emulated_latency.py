@@ -405,8 +405,8 @@ extern "C" const char* run(void** arrays) {
 }
 """
 
-# What is planted -> texts of the kernel, each with its replacement, and the kinds of report that are
-# an answer.
+# What is planted -> texts of the kernel, each with its replacement, and the kinds of report that
+# are an answer.
 RACE = ("race", "uninitialised")
 MUTANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "T1 is read before the other blocks have written theirs": (
