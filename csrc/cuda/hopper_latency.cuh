@@ -148,6 +148,14 @@ struct LatencyTile {
         static_cast<int64_t>(image) * p.x_height * p.x_width * p.in * 2;
   }
 
+  // Of the tile's four fragments of two rows of pixels, those that have some; and the halo's pixels
+  // that these read.
+  HGFAST_DEVICE int fragments() const {
+    const int rows = static_cast<int>(p.height) - y0;
+    return rows < Config::tile ? (rows + 1) / 2 : Config::tile / 2;
+  }
+  HGFAST_DEVICE int halo_pixels() const { return (2 * fragments() + 2) * Config::halo; }
+
   // Where what this step reads lies in shared memory; 0: it is x.
   HGFAST_DEVICE Shared source() const {
     if constexpr (kChain)
@@ -280,8 +288,7 @@ struct LatencyTile {
   }
   HGFAST_DEVICE int pixel() const { return kChain && source() ? map_row() / 2 : p.in; }
   HGFAST_DEVICE bool inside_in_halo(int row) const {
-    return row < Config::halo * Config::halo &&
-           inside(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo);
+    return row < halo_pixels() && inside(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo);
   }
   // 8 channels of t.
   HGFAST_DEVICE uint4 load_input(int offset, int channel) const {
@@ -338,7 +345,7 @@ struct LatencyTile {
     const int slices = padded_in() / 32;
     uint4 now[fetches][2] = {};
     bool there = false;  // what `now` is for
-#pragma unroll 1  // one copy of all this: what runs once must first be read
+#pragma unroll 1         // one copy of all this: what runs once must first be read
     for (int begin = -fetches; begin < slices; begin += fetches) {
       uint4 next[fetches][2];
 #pragma unroll
@@ -420,11 +427,11 @@ struct LatencyTile {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + half * 8 + lane / 4;
-      offset[half] = row < Config::halo * Config::halo
+      offset[half] = row < halo_pixels()
                          ? offset_of(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo)
                          : -1;
     }
-    const bool works = first < Config::halo * Config::halo;
+    const bool works = first < halo_pixels();
     add_input<Config::steps1, Config::fetches1, true>(sums, offset, works, 0, at.strips);
     if (!kChain) wait_cluster();  // all blocks are there
     if (works) {
@@ -432,7 +439,7 @@ struct LatencyTile {
       for (int n = 0; n < Config::strips; ++n) {
         if (n >= at.strips) break;
         store_middle(sums[n], shared_memory() + at.t1, bias1(), first, n, [&](int row) {
-          return row >= Config::halo * Config::halo ? -1 : inside_in_halo(row) ? 1 : 0;
+          return row >= halo_pixels() ? -1 : inside_in_halo(row) ? 1 : 0;
         });
       }
     }
@@ -454,16 +461,18 @@ struct LatencyTile {
       const int triple = begin + group;
       if (triple >= 3 * parts || strip >= at.strips) continue;
       // Ten rows of eight pixels, two in each fragment.
-      uint32_t rows[5][4];
+      uint32_t rows[5][4] = {};
       const Shared from = mine + triple / parts * at.row + triple % parts * 32;
 #pragma unroll
-      for (int i = 0; i < 5; ++i) load_matrices(rows[i], from + i * 2 * Config::halo * at.row);
+      for (int i = 0; i < 5; ++i)
+        if (i <= fragments()) load_matrices(rows[i], from + i * 2 * Config::halo * at.row);
       const Shared units = slot_address(ring.slot) + (strip * Config::steps2 + group * 3) * kUnit;
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         const uint4 b = load_shared<uint4>(units + dy * kUnit + lane * 16);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
+          if (m >= fragments()) break;
           const int upper = 2 * m + dy, lower = upper + 1;
           const uint32_t a[] = {rows[upper / 2][upper % 2], rows[lower / 2][lower % 2],
                                 rows[upper / 2][upper % 2 + 2], rows[lower / 2][lower % 2 + 2]};
@@ -485,15 +494,18 @@ struct LatencyTile {
     };
     sync_block();  // T1 was read: the parts lie there
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int m = 0; m < 4; ++m) {
+      if (m >= fragments()) break;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         store_shared(fragment(number, m, n),
                      float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
+    }
     sync_block();  // all parts are there
 #pragma unroll 1
     for (int unit = warp; unit < 4 * at.strips; unit += Config::warps) {
       const int m = unit % 4, strip = unit / 4;
+      if (m >= fragments()) continue;
       float total[2][4] = {};
 #pragma unroll
       for (int group = 0; group < Config::groups; ++group) {
@@ -519,6 +531,7 @@ struct LatencyTile {
       float sums[Config::strips][2][4] = {};
       int strips = at.out_strips - out_begin(pass) - before;
       if (strips > Config::strips) strips = Config::strips;
+      if (first >= fragments() * 16) strips = 0;  // no pixel
       const auto place = [&](int row, int& y, int& x) {
         y = y0 + row / Config::tile;
         x = x0 + row % Config::tile;
@@ -554,7 +567,7 @@ struct LatencyTile {
         const int count = rest < Config::steps3 - unit ? rest : Config::steps3 - unit;
         const Shared units = slot_address(ring.slot) + (before * Config::steps3 + unit) * kUnit;
 #pragma unroll 2
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < (strips > 0 ? count : 0); ++i) {
           uint32_t a[4];
           load_matrices(a, mine + (part + i) * 32);
 #pragma unroll
