@@ -314,7 +314,7 @@ def test_a_chain_gives_the_bits_of_its_blocks(
     x = random_map(batch, channels, height, width, dtype=dtype)
     expected = one_by_one(blocks, steps, x)
     chain = emulator.CudaLatencySubtree(blocks, steps)
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         emulator.set_seed(seed)
         y = chain.run(x)
         assert is_channels_last(y)
