@@ -17,6 +17,7 @@ from gpu_checks import (
     kernels,
     map_of,
     moved,
+    multiprocessors,
     needs_kernels,
     poison,
     require_device,
@@ -167,11 +168,11 @@ def test_a_chain_in_one_launch(batch: int, size: int, dtype: torch.dtype) -> Non
         other = None if low < 0 else results[low]
         results.append(block.run(x if source < 0 else results[source], other, pool))
     first = chain.run(x)
-    # Fewer blocks a tile split conv2's sum otherwise; one image has eight either way.
-    if batch == 1:
+    if multiprocessors() >= 8 * batch:
         assert same_bits(first, results[-1])
-    else:
-        assert_half(first, results[-1], results[-1].double())
+    else:  # fewer blocks share a tile, and split conv2's sum otherwise
+        apart = (first.float() - results[-1].float()).abs()
+        assert apart.max() <= 2**-5 * results[-1].float().abs().max()
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(some(10_000, 1)):
         wrong += ~same_bits(chain.run(x), first)
