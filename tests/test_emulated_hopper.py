@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from emulator import mutants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import image, randomise
 from op_checks import (
     Weights,
     bottleneck_reference,
@@ -29,7 +31,12 @@ from op_checks import (
     random_map,
 )
 from test_emulated_kernels import assert_close
-from torch import Tensor
+from torch import Tensor, nn
+
+from hgfast.models import hourglass
+from hgfast.plan import Bottleneck
+from hgfast.recognition import recognise, tensors_of
+from hgfast.runtime import blocks, cuda, evidence
 
 emulator: Any = pytest.importorskip(
     "hgfast_emulator", reason="the emulator is not built (HGFAST_EMULATOR=1 builds it)"
@@ -210,7 +217,7 @@ def test_other_blocks_are_refused(given: dict[str, int], message: str) -> None:
 def test_obstacles() -> None:
     obstacle = emulator.CudaHopperBottleneck.obstacle
     cpu = torch.device("cpu")
-    assert obstacle(cpu, 256, 128, 256) == ""
+    assert obstacle(cpu, 256, 128, 256, False) == ""
     assert "not 128 in the middle" in obstacle(cpu, 256, 64, 256)
     emulator.set_device(108, 163 * 1024)
     assert obstacle(cpu, 256, 128, 256) == "this GPU is no Hopper (sm_90)"
@@ -229,6 +236,81 @@ def test_wrong_maps_are_refused() -> None:
         ready.run(x.half())
     with pytest.raises(ValueError, match=r"expected x of 64 channels"):
         ready.run(random_map(1, 128, 4, 4, dtype=torch.bfloat16))
+
+
+# ---- In the executor -----------------------------------------------------------------------------
+
+
+class Ops:
+    upsample_add = torch.ops.hgfast_emulated.upsample_add
+    conv = torch.ops.hgfast_emulated.conv
+
+
+def wide_hourglass() -> nn.Module:
+    """With 128 channels in the middle of its residuals, and a join behind each depth."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=1, features=256, blocks=1, depth=2, joints=3)
+    return randomise(model).eval().requires_grad_(False)
+
+
+def run_on(kernels: cuda.Kernels, model: nn.Module, x: Tensor) -> tuple[cuda.CudaExecutor, Tensor]:
+    plan = recognise(model)
+    weights = {name: tensors_of(model)[name].bfloat16() for name in plan.weights}
+    executor = cuda.CudaExecutor(plan, weights, "medium", kernels)
+    (y,) = executor.run([x]).values()
+    return executor, y
+
+
+def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    kernels = cuda.Kernels(emulator, Ops, torch.device("cpu"))
+    model, x = wide_hourglass(), image(1, 48).bfloat16()
+    plain, expected = run_on(kernels, model, x)
+    assert plain.features == frozenset()
+
+    monkeypatch.setenv(evidence.UNPROVEN, "throughput")
+    monkeypatch.setattr(blocks, "RULES", [replace(rule, least=0) for rule in blocks.RULES])
+    ran: list[tuple[str, bool]] = []
+    run = blocks.Block.run
+
+    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
+        result = run(block, x, low, pool, pooled)
+        ran.append((emulator.last_path(), pool))
+        return result
+
+    monkeypatch.setattr(blocks.Block, "run", spy)
+    fast, y = run_on(kernels, model, x)
+    assert fast.features == {"throughput"}
+    wide = [pool for path, pool in ran if path == "cuda/hopper_bottleneck<bfloat16>"]
+    assert len(wide) > 5
+    # Both lie behind a block that gives the maximum beside its result; the stem's does not.
+    assert not any(wide)
+    assert [path for path, pool in ran if pool] == ["cuda/bottleneck<bfloat16, 64, 4x8>"]
+    steps = [step for step in recognise(model).steps if isinstance(step, Bottleneck)]
+    assert {fast.path(step) for step in steps} == {
+        "cuda bfloat16",
+        "cuda bfloat16, throughput or portable",
+    }
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+def test_rules_choose_by_the_work_there_is() -> None:
+    class Packed:
+        def tensors(self) -> list[Tensor]:
+            return []
+
+    everything = blocks.Block(Packed, {"throughput": Packed, "latency": Packed})
+    assert everything.choose(64, 64, 64) == "throughput"
+    assert everything.choose(9, 64, 64) == "throughput"
+    assert everything.choose(1, 64, 64) == "latency"
+    assert blocks.Block(Packed, {"throughput": Packed}).choose(1, 64, 64) == "portable"
+    assert blocks.Block(Packed, {}).choose(64, 64, 64) == "portable"
+    assert blocks.tiles(2, 17, 16) == 4
+    for rule in blocks.RULES:
+        assert rule.kernel == "portable" or rule.kernel in evidence.FEATURES
 
 
 # ---- Mistakes planted into the kernel ------------------------------------------------------------

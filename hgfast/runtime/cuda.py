@@ -27,7 +27,8 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import evidence, fusions, plain
+from hgfast.runtime import blocks, evidence, fusions, plain
+from hgfast.runtime.blocks import Block
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 Values = dict[int, Tensor]
@@ -46,8 +47,30 @@ class Kernels:
         self.bottleneck = native.CudaBottleneck
         self.stem = native.CudaStem
         self.head = native.CudaHead
+        # Of one architecture; a build for others does not have them.
+        self.special = {
+            "throughput": getattr(native, "CudaHopperBottleneck", None),
+            "latency": getattr(native, "CudaLatencyBottleneck", None),
+        }
         self.ops = ops
         self.device = device
+
+    def block(self, element: torch.dtype, weights: Sequence[Tensor | None], relu: bool) -> Block:
+        """A residual block's kernels with its weights packed."""
+        w1, w3, project = weights[2], weights[6], weights[8] is not None
+        assert w1 is not None
+        assert w3 is not None
+        channels = (w1.shape[1], w1.shape[0], w3.shape[0])
+
+        def pack(kernel: Any) -> Callable[[], Any]:
+            return lambda: kernel(element, *weights, relu=relu)
+
+        others = {
+            name: pack(kernel)
+            for name, kernel in blocks.enabled(self.special).items()
+            if not kernel.obstacle(self.device, *channels, project)
+        }
+        return Block(pack(self.bottleneck), others)
 
     def takes_head(self, head: fusions.Head) -> bool:
         """Whether a kernel takes what follows an hourglass as one."""
@@ -139,7 +162,7 @@ class CudaExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
     asynchronous = True
-    features: frozenset[str] = frozenset()
+    features: frozenset[str]
 
     def __init__(
         self,
@@ -175,8 +198,13 @@ class CudaExecutor:
         self._raw = set(plan.inputs) - others - set(self._outputs)
         self._fitting: set[tuple[torch.Size, ...]] = set()  # shapes of inputs seen to fit
         self._weights: list[Tensor] = []  # what was packed
+        self._blocks: dict[int, Block] = {}  # by the value that they give
         with torch.inference_mode():
             self._launches = self._arrange(plan.steps, weights)
+        used = {name for block in self._blocks.values() for name in block.names} - {"portable"}
+        used |= {"stem"} if self._stems else set()
+        used |= {"head"} if self._heads else set()
+        self.features = frozenset(used)
         self._streams: set[int] = set()  # that have run it
         if kernels.device.type == "cuda":
             # Other threads will run this on streams of theirs, with no event to wait for.
@@ -238,7 +266,12 @@ class CudaExecutor:
         reason = self._obstacle(step)
         if reason:
             return f"eager: {reason}"
-        return f"cuDNN {self._name}" if isinstance(step, (Conv, Remerge)) else self.backend
+        if isinstance(step, (Conv, Remerge)):
+            return f"cuDNN {self._name}"
+        block = self._blocks.get(step.output)
+        # Which one, the shape decides.
+        several = f", {' or '.join(block.names)}" if block and len(block.names) > 1 else ""
+        return self.backend + several
 
     def _arrange(
         self, steps: Sequence[Step], weights: Mapping[str, Tensor]
@@ -289,16 +322,7 @@ class CudaExecutor:
             self._weights += held
             return (lambda v: run(*(v[number] for number in step.inputs))), step.inputs
         if isinstance(step, Bottleneck):
-            scale, shift, *rest = bottleneck_weights(step, weights)
-            relu = not step.preactivated
-            block = self._kernels.bottleneck(self._element, scale, shift, *rest, relu=relu)
-            self._weights += block.tensors()
-            pool = x in pools
-            source = pools.get(x, x)
-            reads = (source,) if other is None else (source, other)
-            return (
-                lambda v: block.run(v[source], None if other is None else v[other], pool)
-            ), reads
+            return self._launch_block(step, weights, pools)
         if step.output in self._stems:
             assert isinstance(step, Conv)
             stem = self._kernels.stem(self._element, *conv_weights(step, weights)[:2])
@@ -331,6 +355,38 @@ class CudaExecutor:
                 lambda v: ops.conv(v[x], weight, bias, add=None if other is None else v[other])
             ), step.inputs
         return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
+
+    def _launch_block(
+        self, step: Bottleneck, weights: Mapping[str, Tensor], pools: Mapping[int, int]
+    ) -> tuple[Callable[[Values], Tensor], tuple[int, ...]]:
+        """A residual block with its weights bound, and the values it reads.
+
+        Where a block behind it pools its result, and the kernel that runs gives the maximum beside
+        the result, the launch puts that into the values itself, and the other takes it from there.
+        """
+        block = self._kernels.block(
+            self._element, bottleneck_weights(step, weights), relu=not step.preactivated
+        )
+        self._weights += block.tensors()
+        self._blocks[step.output] = block
+        x = step.inputs[0]
+        other = step.inputs[1] if len(step.inputs) > 1 else None
+        source = pools.get(x, x)
+        maximum = next((pool for pool, of in pools.items() if of == step.output), None)
+
+        def launch(values: Values) -> Tensor:
+            ready = values.pop(x, None) if x in pools else None
+            result, most = block.run(
+                values[source] if ready is None else ready,
+                None if other is None else values[other],
+                x in pools and ready is None,
+                maximum is not None,
+            )
+            if maximum is not None and most is not None:
+                values[maximum] = most
+            return result
+
+        return launch, (source,) if other is None else (source, other)
 
     def _launch_head(
         self, head: fusions.Head, weights: Mapping[str, Tensor]
