@@ -117,6 +117,7 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
     thread.time = 1;
     thread.fenced = 0;
     thread.at_gate = false;
+    thread.in_gate = false;
   }
 }
 

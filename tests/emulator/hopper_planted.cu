@@ -618,6 +618,16 @@ __global__ void wait_without_arrival(const __grid_constant__ ProbeParams p) {
   put(p, mine(p));
 }
 
+// One lane takes another way to the same barrier.
+template <bool right>
+__global__ void lanes_apart_at_cluster(const __grid_constant__ ProbeParams p) {
+  if (right || thread_index() != 9)
+    sync_cluster();  // BRANCH
+  else
+    sync_cluster();  // BRANCH
+  put(p, mine(p));
+}
+
 template <bool right>
 __global__ void no_such_block(const __grid_constant__ ProbeParams p) {
   sync_cluster();
@@ -775,6 +785,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(remote_not_ordered),
     HGFAST_PLANTED(between_the_steps),
     HGFAST_PLANTED(wait_without_arrival),
+    HGFAST_PLANTED(lanes_apart_at_cluster),
     HGFAST_PLANTED(no_such_block),
     HGFAST_PLANTED(ends_before_an_arrival),
     HGFAST_PLANTED(ends_before_a_store),
