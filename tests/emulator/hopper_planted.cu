@@ -362,6 +362,19 @@ __global__ void divergent_warps(const __grid_constant__ ProbeParams p) {
 }
 
 template <bool right>
+__global__ void divergent_operands(const __grid_constant__ ProbeParams p) {
+  write_operands();
+  fence_async();
+  sync_block();
+  float d[32] = {};
+  begin_products();
+  add_product<BFloat16>(d, part(0), part(right || thread_index() >= kWarp ? kPart : 0));  // HERE
+  commit_products();
+  wait_products<0>();
+  put(p, text(d[0]));
+}
+
+template <bool right>
 __global__ void product_left_out(const __grid_constant__ ProbeParams p) {
   write_operands();
   fence_async();
@@ -767,6 +780,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(products_never_waited_for),
     HGFAST_PLANTED(divergent_lanes),
     HGFAST_PLANTED(divergent_warps),
+    HGFAST_PLANTED(divergent_operands),
     HGFAST_PLANTED(product_left_out),
     HGFAST_PLANTED(product_of_half_a_group),
     HGFAST_PLANTED(released_before_the_products),
