@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the emulator's module is buil
 
 import hgfast_emulator as emulator  # noqa: E402
 from op_checks import bottleneck_weights, random_map  # noqa: E402
+from stem_checks import head_weights, image_of, stem_weights  # noqa: E402
 
 ORDER = ("scale", "shift", "w1", "b1", "w2", "b2", "w3", "b3", "wp", "bp")
 MULTIPROCESSORS = 132  # of an H200; the larger tile is taken where it gives each at least one block
@@ -64,7 +66,7 @@ CASES = [
 
 
 def count(case: Case) -> dict[str, Any]:
-    """One launch of the bottleneck kernel, counted."""
+    """One launch of the bottleneck kernel."""
     into, middle, out = case.channels
     w = bottleneck_weights(into, middle, out)
     block = emulator.CudaBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
@@ -73,21 +75,74 @@ def count(case: Case) -> dict[str, Any]:
     x = random_map(case.batch, into, size, size, **kinds)
     low = random_map(case.batch, out, half, half, **kinds) if case.low else None
     emulator.set_device({"8x16": 1, "4x8": 10**6, "": MULTIPROCESSORS}[case.tile])
-    emulator.model_memory(True)
-    block.run(x, low, case.pool)
-    emulator.model_memory(False)
-    counted = emulator.counters()
+    counted = modelled(lambda: block.run(x, low, case.pool))
     weights = into * middle + 9 * middle * middle + middle * out + ("wp" in w) * into * out
     pixels = case.batch * case.size**2
+    return {"case": case.title, **accounted(counted, 2 * pixels * weights)}
+
+
+def count_upsample_add(size: int, maps: int) -> dict[str, Any]:
+    """One launch of upsample_add on 256 channels, with maps of 1/2, 1/4, 1/8 of the size."""
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
+    lows = [random_map(1, 256, size >> i, size >> i, **kinds) for i in range(1, maps + 1)]
+    skip = random_map(1, 256, size, size, **kinds)
+    counted = modelled(lambda: torch.ops.hgfast_emulated.upsample_add(lows, skip, True))
     return {
-        "case": case.title,
+        "case": f"{maps} map{'s' * (maps > 1)}, {size}x{size}",
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+    }
+
+
+def count_stem(dtype: torch.dtype, batch: int = 1, size: int = 256) -> dict[str, Any]:
+    """One launch of the stem's kernel: 64 channels of images of size x size, normalised."""
+    stem = emulator.CudaStem(torch.bfloat16, **stem_weights(64, dtype=dtype))
+    image = image_of(batch, size, size, dtype=dtype, layout="channels_last")
+    counted = modelled(lambda: stem.run(image))
+    pixels = batch * (size // 2) ** 2
+    return {
+        "case": f"{str(dtype)[6:]}, {size}x{size} x {batch}",
+        **accounted(counted, 2 * pixels * 64 * 147),
+    }
+
+
+def count_head(size: int, joints: int, out: int, pixels: int) -> dict[str, Any]:
+    """One launch of the head's kernel on 256 channels, in tiles of so many pixels."""
+    names = ("w1", "b1", "wh", "bh", "wn", "bn")
+    w = head_weights(256, 256, joints, out)
+    head = emulator.CudaHead(torch.bfloat16, *(w.get(name) for name in names))
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
+    y, x = (random_map(1, 256, size, size, seed=seed, **kinds) for seed in (1, 2))
+    emulator.set_device({128: 1, 32: 10**6}[pixels])
+    counted = modelled(lambda: head.run(y, x if out else None))
+    wanted = " + ".join(["heatmaps"] * bool(joints) + ["next"] * bool(out))
+    return {
+        "case": f"{wanted}, {size}x{size}",
+        **accounted(counted, 2 * size * size * 256 * (256 + joints + out)),
+    }
+
+
+def modelled(call: Callable[[], Any]) -> dict[str, Any]:
+    """What a launch did, with a model of the memory."""
+    emulator.model_memory(True)
+    call()
+    emulator.model_memory(False)
+    counted: dict[str, Any] = emulator.counters()
+    return counted
+
+
+def accounted(counted: dict[str, Any], flops_of_formula: int) -> dict[str, Any]:
+    """A row of the tables."""
+    return {
         "kernel": counted["name"],
         "blocks": counted["blocks"],
         "flops": counted["flops"],
-        "flops_of_formula": 2 * pixels * weights,
+        "flops_of_formula": flops_of_formula,
         "minimum_bytes": counted["minimum_bytes"],
         "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
-        "copied_bytes": counted["async_bytes"],  # weights and x, into shared memory
+        "copied_bytes": counted["async_bytes"],  # into shared memory
         "products": counted["multiply_adds"],
         "shared_bytes": counted["shared_bytes_loaded"]
         + counted["shared_bytes_stored"]
@@ -98,28 +153,10 @@ def count(case: Case) -> dict[str, Any]:
     }
 
 
-def count_upsample_add(size: int, maps: int) -> dict[str, Any]:
-    """One launch of upsample_add on 256 channels, with maps of 1/2, 1/4, 1/8 of the size."""
-    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
-    lows = [random_map(1, 256, size >> i, size >> i, **kinds) for i in range(1, maps + 1)]
-    skip = random_map(1, 256, size, size, **kinds)
-    emulator.model_memory(True)
-    torch.ops.hgfast_emulated.upsample_add(lows, skip, True)
-    emulator.model_memory(False)
-    counted = emulator.counters()
-    return {
-        "case": f"{maps} map{'s' * (maps > 1)}, {size}x{size}",
-        "kernel": counted["name"],
-        "blocks": counted["blocks"],
-        "minimum_bytes": counted["minimum_bytes"],
-        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], first: str = "block") -> str:
     """The rows as docs/performance.md shows them."""
     lines = [
-        "| block | variant | blocks | FLOPs / formula | DRAM bytes / minimum | FLOP / DRAM byte "
+        f"| {first} | variant | blocks | FLOPs / formula | DRAM bytes / minimum | FLOP / DRAM byte "
         "| bytes copied / kFLOP | shared bytes / product |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -146,8 +183,22 @@ def joins_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     blocks = [count(case) for case in CASES]
     joins = [count_upsample_add(size, maps) for size, maps in ((64, 1), (32, 1), (64, 3))]
-    RESULT.write_text(json.dumps({"bottleneck": blocks, "upsample_add": joins}, indent=1) + "\n")
-    print(table(blocks), joins_table(joins), sep="\n\n")
+    emulator.set_device(MULTIPROCESSORS)
+    stems = [count_stem(dtype) for dtype in (torch.uint8, torch.bfloat16, torch.float32)]
+    stems.append(count_stem(torch.float32, batch=8))
+    heads = [
+        count_head(64, joints, out, pixels)
+        for joints, out, pixels in ((17, 256, 128), (0, 256, 128), (17, 0, 128), (17, 256, 32))
+    ]
+    result = {"bottleneck": blocks, "upsample_add": joins, "stem": stems, "head": heads}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        table(blocks),
+        joins_table(joins),
+        table(stems, "image"),
+        table(heads, "wanted"),
+        sep="\n\n",
+    )
 
 
 if __name__ == "__main__":

@@ -151,6 +151,46 @@ inline void check_conv_input(const std::string& where, const Shape& x, int64_t c
                     height, "x", width, ", given ", x);
 }
 
+// The image's channels and the kernel of a stem.
+constexpr int64_t kImageChannels = 3, kStemKernel = 7;
+
+// A stem's weights: how many channels it makes.
+inline int64_t check_stem(const std::string& where, const at::Device& device,
+                          const at::Tensor& weight, const at::Tensor& bias,
+                          const std::optional<at::Tensor>& scale,
+                          const std::optional<at::Tensor>& shift) {
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0, where,
+                    ": expected weight of shape (out, 3, 7, 7), given ", weight.sizes());
+  check_weight(where, "weight", weight, {weight.size(0), kImageChannels, kStemKernel, kStemKernel},
+               device);
+  check_weight(where, "bias", bias, {weight.size(0)}, device);
+  check_norm(where, device, scale, shift, kImageChannels);
+  return weight.size(0);
+}
+
+// An image, as a stem takes it: its shape.
+inline Shape check_image(const std::string& where, const at::Tensor& x) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_VALUE(
+      type == at::kByte || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, where,
+      ": expected x in uint8, float32, bfloat16 or float16, given ", type);
+  const Shape shape = shape_of(where, "x", x);
+  TORCH_CHECK_VALUE(shape.channels == kImageChannels, where,
+                    ": expected x of shape (batch, 3, height, width), given ", shape);
+  return shape;
+}
+
+// The dtype of a stem's result: that of the image where it is not told, and bfloat16 of uint8.
+inline at::ScalarType stem_dtype(const at::Tensor& x, std::optional<at::ScalarType> dtype) {
+  if (dtype) return *dtype;
+  return x.scalar_type() == at::kByte ? at::kBFloat16 : x.scalar_type();
+}
+
+// With a kernel of 7, a stride of 2 and a padding of 3.
+inline Shape stem_shape(const Shape& image, int64_t out) {
+  return {image.batch, out, (image.height + 1) / 2, (image.width + 1) / 2};
+}
+
 // A transposed convolution's weight and settings.
 inline void check_conv_transpose(const std::string& where, const at::Device& device,
                                  const at::Tensor& weight, const at::Tensor& bias,

@@ -11,18 +11,12 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "binding.h"
-#include "cuda/kernels.h"
+#include "cuda_tensors.h"
 
 namespace hgfast {
-
-#ifdef HGFAST_EMULATE
-constexpr auto kKernelDevice = c10::DeviceType::CPU;
-#else
-constexpr auto kKernelDevice = c10::DeviceType::CUDA;
-#endif
 
 // A residual block with its weights packed, for inference again and again. Immutable.
 class CudaBottleneck {
@@ -54,6 +48,59 @@ class CudaBottleneck {
   at::ScalarType element_;
   cuda::BottleneckParams params_{};  // all but the maps and their sizes
   at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
+};
+
+// A stem (7x7, stride 2, ReLU, on an image of three channels) with its weights packed. Immutable.
+class CudaStem {
+ public:
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  // Weights as the op takes them; `element`, bfloat16 or float16, is the result's.
+  CudaStem(const std::string& where, at::ScalarType element, const at::Tensor& weight,
+           const at::Tensor& bias, const OptionalTensor& scale, const OptionalTensor& shift);
+
+  // x: (batch, 3, height, width) in uint8, float32, bfloat16 or float16, any strides, read as it
+  // is. The result is channels_last.
+  at::Tensor run(const at::Tensor& x) const;
+
+  std::vector<at::Tensor> tensors() const;
+
+ private:
+  std::string where_;
+  at::ScalarType element_;
+  cuda::StemParams params_{};  // all but the maps and their sizes
+  at::Tensor scale_, shift_, b_, tape_;
+};
+
+// The chain behind an hourglass (1x1 with ReLU, heatmaps, the way into the next stack) with its
+// weights packed. Immutable.
+class CudaHead {
+ public:
+  using OptionalTensor = std::optional<at::Tensor>;
+
+  // w1: (middle, in, 1, 1); wh: (joints, middle, 1, 1), or none: heatmaps are not wanted; wn: (out,
+  // middle, 1, 1), or none: nor is next. Biases for each. BatchNorms are folded.
+  CudaHead(const std::string& where, at::ScalarType element, const at::Tensor& w1,
+           const at::Tensor& b1, const OptionalTensor& wh, const OptionalTensor& bh,
+           const OptionalTensor& wn, const OptionalTensor& bn);
+
+  // y: (batch, in, height, width) in `element`, any strides; x: (batch, out, height, width), or
+  // none. The heatmaps and next, channels_last; what is not wanted is none.
+  std::tuple<OptionalTensor, OptionalTensor> run(const at::Tensor& y,
+                                                 const OptionalTensor& x) const;
+
+  std::vector<at::Tensor> tensors() const;
+
+  // Why no kernel takes a head of these channels on this device, in words; "" if one does. `joints`
+  // and `out` are 0 where they are not wanted.
+  static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t joints,
+                              int64_t out);
+
+ private:
+  std::string where_;
+  at::ScalarType element_;
+  cuda::HeadParams params_{};  // all but the maps and their sizes
+  at::Tensor b1_, bh_, bn_, tape_;
 };
 
 // Why this build has no code for a device, in words; "" if it has.

@@ -66,6 +66,14 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
+Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
+            const OptionalTensor& shift, std::optional<at::ScalarType> dtype) {
+  const Inference guard;
+  const char* where = "hgfast::stem";
+  check_image(where, x);
+  return CudaStem(where, stem_dtype(x, dtype), weight, bias, scale, shift).run(x);
+}
+
 Tensor upsample_add(const Tensor& low, const Tensor& skip) {
   const char* where = "hgfast::upsample_add";
   check_shape(where, "low", shape_of(where, "low", low),
@@ -76,6 +84,7 @@ Tensor upsample_add(const Tensor& low, const Tensor& skip) {
 void implement(torch::Library& m) {
   m.impl("bottleneck", &bottleneck);
   m.impl("conv", &conv);
+  m.impl("stem", &stem);
   m.impl("upsample_add", &upsample_add);
   m.impl("upsample_add.maps", &cuda_upsample_add);
 }

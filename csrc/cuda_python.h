@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cuda_binding.h"
+#include "cuda_hopper.h"
 
 namespace hgfast {
 

@@ -28,6 +28,13 @@ inline void define_ops(torch::Library& m) {
       "bool relu_sum=False) -> Tensor",
       tags);
 
+  // The 7x7 convolution with stride 2 that networks begin with, its ReLU, and the normalisation of
+  // the image before it.
+  m.def(
+      "stem(Tensor x, Tensor weight, Tensor bias, Tensor? scale=None, Tensor? shift=None, "
+      "ScalarType? dtype=None) -> Tensor",
+      tags);
+
   // skip + low, enlarged twofold by nearest neighbour; or several maps, enlarged up to eightfold,
   // and a ReLU behind the sum.
   m.def("upsample_add(Tensor low, Tensor skip) -> Tensor", tags);

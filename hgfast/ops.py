@@ -8,9 +8,10 @@ All of them are for inference: they have no gradient.
 
 Feature maps are ``(batch, channels, height, width)``, of any strides: float32 or bfloat16 on a CPU;
 bfloat16 or float16 on a GPU, where ``bottleneck`` needs channels in multiples of 16 and
-``upsample_add`` in multiples of 8. Results are channels_last, in the dtype of the input; a batch of
-0 works. Weights are float32, bfloat16 or float16, on the same device. Sums are accumulated in
-float32. NaN and infinity travel as they do in PyTorch.
+``upsample_add`` in multiples of 8; ``stem`` and ``decode`` say what they take. Results are
+channels_last, in the dtype of the input; a batch of 0 works. Weights are float32, bfloat16 or
+float16, on the same device. Sums are accumulated in float32. NaN and infinity travel as they do in
+PyTorch.
 
 A BatchNorm becomes ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` where it
 stands before a ReLU that starts a block; a BatchNorm right behind a convolution is folded into it
@@ -28,7 +29,7 @@ from torch import Tensor
 from hgfast import _native
 from hgfast.decoding import cuda
 
-__all__ = ["bottleneck", "conv", "decode", "decode_topk", "upsample_add"]
+__all__ = ["bottleneck", "conv", "decode", "decode_topk", "stem", "upsample_add"]
 
 _available = _native.load() is not None
 
@@ -149,6 +150,49 @@ def conv(
     result: Tensor = torch.ops.hgfast.conv(
         x, weight, bias, scale, shift, stride, padding, relu, add, dilation, relu_sum
     )
+    return result
+
+
+def stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The convolution that networks begin with, from the image as it was read.
+
+    With ``relu`` and ``conv2d`` as in ``torch.nn.functional``::
+
+        t = scale * x + shift                     # if scale and shift are given, else x
+        y = relu(conv2d(t, weight, bias, stride=2, padding=3))
+
+    The padding is zeros behind the first line, as in a network that is given normalised images. On
+    a GPU all of it is one pass over memory. ``t`` and the weights are rounded to the dtype of the
+    result.
+
+    For bytes from a file and the mean and deviation of ``torchvision.transforms.Normalize``,
+    ``scale = 1 / (255 * deviation)`` and ``shift = -mean / deviation``; the image's bytes as they
+    lie in memory are ``torch.from_numpy(image)[None].permute(0, 3, 1, 2)``.
+
+    Args:
+        x: images, ``(batch, 3, height, width)``; uint8, float32, bfloat16 or float16; any strides.
+        weight, bias: ``(out, 3, 7, 7)`` and ``(out,)``. A BatchNorm behind the convolution is
+            folded into them. On a GPU ``out`` is a multiple of 16 up to 64.
+        scale, shift: of the normalisation, ``(3,)`` each; both or neither.
+        dtype: of the result: float32 (on a CPU), bfloat16 or float16. By default that of ``x``, and
+            bfloat16 where it is uint8.
+
+    Returns:
+        ``(batch, out, (height + 1) // 2, (width + 1) // 2)``, channels_last, in ``dtype``.
+
+    Raises:
+        ValueError: a shape or dtype is not as above; the message tells the expected and the given.
+        RuntimeError: hgfast was installed without its compiled part.
+    """
+    _require()
+    result: Tensor = torch.ops.hgfast.stem(x, weight, bias, scale, shift, dtype)
     return result
 
 
@@ -280,10 +324,12 @@ def decode_topk(
 # Fake kernels: what torch.compile and torch.export know of the results.
 
 
-def _map(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+def _map(
+    like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None
+) -> Tensor:
     return torch.empty(
         (like.shape[0], channels, height, width),
-        dtype=like.dtype,
+        dtype=dtype or like.dtype,
         device=like.device,
         memory_format=torch.channels_last,
     )
@@ -329,6 +375,20 @@ def _fake_conv(
     return _map(x, weight.shape[0], height, width)
 
 
+def _fake_stem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    if dtype is None:
+        dtype = torch.bfloat16 if x.dtype == torch.uint8 else x.dtype
+    height, width = (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    return _map(x, weight.shape[0], height, width, dtype)
+
+
 def _fake_upsample_add(low: Tensor, skip: Tensor) -> Tensor:
     return _map(skip, skip.shape[1], skip.shape[2], skip.shape[3])
 
@@ -358,6 +418,7 @@ def _fake_decode_topk(
 if _available:
     torch.library.register_fake("hgfast::bottleneck", _fake_bottleneck)
     torch.library.register_fake("hgfast::conv", _fake_conv)
+    torch.library.register_fake("hgfast::stem", _fake_stem)
     torch.library.register_fake("hgfast::upsample_add", _fake_upsample_add)
     torch.library.register_fake("hgfast::upsample_add.maps", _fake_upsample_add_maps)
     torch.library.register_fake("hgfast::decode", _fake_decode)

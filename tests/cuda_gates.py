@@ -363,8 +363,9 @@ def variants() -> dict[str, dict[str, int]] | None:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        if hasattr(module, "bottleneck_variants"):
-            return {row["name"]: row for row in module.bottleneck_variants()}
+        tellers = [getattr(module, name) for name in dir(module) if name.endswith("_variants")]
+        if tellers:
+            return {row["name"]: row for told in tellers for row in told()}
     return None
 
 
@@ -372,8 +373,15 @@ def variant_of(kernel: str) -> str | None:
     """The launcher's name of a kernel; None for a kernel that has no dynamic shared memory.
 
     ``bottleneck_kernel<BottleneckConfig<BFloat16, 64, false, 8, 16, 4, 2>>`` is
-    ``bottleneck<bfloat16, any, 8x16>``.
+    ``bottleneck<bfloat16, any, 8x16>``; of a stem's kernel the number is that of channels, of a
+    head's they are the chunk and the pixels of a tile.
     """
+    if found := re.fullmatch(r"stem_kernel<StemConfig<(\w+), (\d+)>>", kernel):
+        return f"stem<{found.group(1).lower()}, {8 * int(found.group(2))}>"
+    if found := re.fullmatch(r"head_kernel<HeadConfig<(\w+), (\d+), (\d+), .*>>", kernel):
+        return f"head<{found.group(1).lower()}, {found.group(2)}, {found.group(3)}>"
+    if found := re.fullmatch(r"hopper_bottleneck_kernel<(\w+)>", kernel):
+        return f"hopper_bottleneck<{found.group(1).lower()}>"
     found = re.fullmatch(
         r"bottleneck_kernel<BottleneckConfig<(\w+), (\d+), (true|false), (\d+), (\d+), .*>>", kernel
     )

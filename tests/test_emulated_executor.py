@@ -331,7 +331,8 @@ def test_optimize_and_verify(dtype: torch.dtype) -> None:
     element = "bfloat16" if dtype == torch.float32 else str(dtype)[6:]
     assert {row.backend for row in rows} == {f"cuda {element}", f"cuDNN {element}"}
     for row in rows:
-        assert row.backend.startswith("cuDNN") == row.kind.startswith(("conv", "norm-"))
+        in_cudnn = row.kind.startswith(("conv", "norm-", "remerge"))
+        assert row.backend.startswith("cuDNN") == in_cudnn
     result = hgfast.verify(model, fast, image().to(dtype))
     assert result.ok, str(result)
     assert [tuple(y.shape) for y in fast(image().to(dtype))] == [

@@ -27,6 +27,7 @@ from benchmarks.gpu.cases import (  # noqa: E402
     EAGER,
     HGFAST,
     MEDIUM,
+    OWN_GRAPH,
     REHEARSED,
     Candidate,
     Case,
@@ -389,7 +390,7 @@ def test_other_code_and_cut_off_lines_do_not_count(tmp_path: Path) -> None:
 # ---- What is counted ----
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "HG-1", "conv 1x1"])
+@pytest.mark.parametrize("op", ["bottleneck", "stem", "head", "HG-1", "conv 1x1"])
 def test_flops_are_those_that_torch_counts(op: str) -> None:
     case = Case(op, 2, 64 if op == "HG-1" else 8, REHEARSED)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -397,7 +398,9 @@ def test_flops_are_those_that_torch_counts(op: str) -> None:
     assert case.flops() == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("op", ["bottleneck", "bottleneck + low", "upsample_add", "HG-1"])
+@pytest.mark.parametrize(
+    "op", ["bottleneck", "bottleneck + low", "upsample_add", "stem", "head", "HG-1"]
+)
 def test_least_bytes_are_inputs_weights_and_results(op: str) -> None:
     case = Case(op, 2, 64 if op == "HG-1" else 8, REHEARSED)
     module, inputs = case.module(), case.inputs(torch.device("cpu"))
@@ -446,7 +449,7 @@ def test_networks_are_measured_as_they_are_used_and_the_long_ones_last() -> None
     for network in ("HG-2", "HG-8"):
         for batch in (1, 64):
             name = f"{network} 256x256 batch {batch}"
-            assert {*both(HGFAST)} <= {*all_items[f"{name}, main"].candidates}
+            assert {*both(HGFAST), OWN_GRAPH} <= {*all_items[f"{name}, main"].candidates}
             assert {*both(MEDIUM)} <= {*all_items[f"{name}, dtypes"].candidates}
     order = list(all_items)
     assert order[0] == "bottleneck 64x64 batch 64, main"

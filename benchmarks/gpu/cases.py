@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hgfast
-from hgfast import ops
+from hgfast import _native, ops
 from hgfast.decoding import METHODS, reference
 from hgfast.models import hourglass
 from hgfast.models.hourglass import Residual
 from hgfast.recognition import recognise
+from hgfast.runtime.evidence import UNPROVEN
 
 Run = Callable[[], Any]
 
@@ -53,8 +55,8 @@ REHEARSED = Sizes(32, 2, 64, (8, 4), (2, 1), (1,), float16=False, heatmaps=8, im
 
 @dataclass(frozen=True)
 class Case:
-    """``op`` is "bottleneck", "bottleneck + low", "upsample_add", "conv 1x1", "HG-<stacks>" or
-    "decode <method>"."""
+    """``op`` is "bottleneck", "bottleneck + low", "upsample_add", "stem", "head", "conv 1x1",
+    "HG-<stacks>" or "decode <method>"."""
 
     op: str
     batch: int
@@ -90,6 +92,10 @@ class Case:
             return Residual(features, features).eval()
         if self.op == "bottleneck + low":
             return Join(features).eval()
+        if self.op == "stem":
+            return Stem(features // 4).eval()
+        if self.op == "head":
+            return Head(features).eval()
         if self.op == "conv 1x1":
             return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU()).eval()
         return UpsampleAdd().eval()
@@ -99,8 +105,11 @@ class Case:
         if self.is_decode:
             shape = (self.batch, JOINTS, self.size, self.width)
             return (torch.rand(shape, generator=generator, device=device),)
-        channels = 3 if self.is_network else self.sizes.features
-        shapes = [(self.batch, channels, self.size, self.size)]
+        channels = 3 if self.is_network or self.op == "stem" else self.sizes.features
+        size = 2 * self.size if self.op == "stem" else self.size
+        shapes = [(self.batch, channels, size, size)]
+        if self.op == "head":
+            shapes *= 2
         if self.op in ("bottleneck + low", "upsample_add"):
             shapes.append((self.batch, channels, self.size // 2, self.size // 2))
         return tuple(torch.randn(shape, generator=generator, device=device) for shape in shapes)
@@ -113,6 +122,10 @@ class Case:
             return pixels * JOINTS
         if self.op == "upsample_add":
             return pixels * features
+        if self.op == "stem":
+            return 2 * pixels * features // 4 * 3 * 49
+        if self.op == "head":
+            return 2 * pixels * features * (2 * features + JOINTS)
         if self.op == "conv 1x1":
             return 2 * pixels * features**2
         if self.op == "bottleneck + low":
@@ -133,7 +146,12 @@ class Case:
         if self.is_network:
             results = int(self.op.removeprefix("HG-")) * 16 * pixels // 16  # joints, a 4th the size
             return 2 * (3 * pixels + results + weights)
-        elements = 2 * pixels * self.sizes.features
+        features = self.sizes.features
+        if self.op == "stem":
+            return 2 * (pixels * (4 * 3 + features // 4) + weights)
+        if self.op == "head":
+            return 2 * (pixels * (3 * features + JOINTS) + weights)
+        elements = 2 * pixels * features
         if self.op in ("bottleneck + low", "upsample_add"):
             elements += pixels * self.sizes.features // 4
         return 2 * (elements + weights)
@@ -179,6 +197,67 @@ class Decode(nn.Module):
 
     def forward(self, heatmaps: Tensor) -> tuple[Tensor, Tensor]:
         return reference.decode(heatmaps, self.method)
+
+
+class Stem(nn.Module):
+    """What a network begins with."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, channels, 7, 2, 3), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+    def folded(self) -> nn.Module:
+        """With the BatchNorm in the convolution, and a ReLU in place."""
+        return nn.Sequential(folded(self.conv, self.norm), nn.ReLU(inplace=True))
+
+    def in_kernels(self, x: Tensor) -> Run:
+        conv = folded(self.conv, self.norm)
+        weight, bias = weights_of(conv)
+        if not x.is_cuda:
+            return lambda: ops.stem(x, weight, bias)
+        kernel = _native.load().CudaStem(x.dtype, weight, bias)
+        return lambda: kernel.run(x)
+
+
+class Head(nn.Module):
+    """What follows the last block behind an hourglass, the way into the next stack as one
+    convolution, as hgfast folds it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(features, features, 1), nn.BatchNorm2d(features)
+        self.heatmaps, self.merge = nn.Conv2d(features, JOINTS, 1), nn.Conv2d(features, features, 1)
+
+    def forward(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.relu(self.norm(self.conv(y)), inplace=True)
+        return x + self.merge(z), self.heatmaps(z)
+
+    def folded(self) -> nn.Module:
+        result = copy.deepcopy(self)
+        result.conv, result.norm = folded(self.conv, self.norm), nn.Identity()
+        return result
+
+    def in_kernels(self, y: Tensor, x: Tensor) -> Run:
+        first, maps, merge = map(
+            weights_of, (folded(self.conv, self.norm), self.heatmaps, self.merge)
+        )
+        if not y.is_cuda:
+
+            def apart() -> tuple[Tensor, Tensor]:
+                z = ops.conv(y, *first, relu=True)
+                return ops.conv(z, *merge, add=x), ops.conv(z, *maps)
+
+            return apart
+        kernel = _native.load().CudaHead(y.dtype, *first, *maps, *merge)
+        return lambda: kernel.run(y, x)[::-1]
+
+
+def weights_of(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    assert conv.bias is not None
+    return conv.weight.detach(), conv.bias.detach()
 
 
 class Folded(nn.Module):
@@ -240,7 +319,10 @@ class Candidate:
     kind: str  #: "hgfast", "eager", "folded", "compile" or, of decode, "amax": the maxima alone
     dtype: str  #: "float32", "TF32", "bf16", "fp16"; "medium": a float32 model, bf16 inside
     channels_last: bool = False
-    mode: str = ""  #: of torch.compile; "contiguous": where hgfast is not in channels_last
+    #: Of torch.compile; "contiguous": where hgfast is not in channels_last; of a network in hgfast:
+    #: its unproven kernels, or "cuda_graph": it replays graphs of its own, with the copies in and
+    #: out that this takes.
+    mode: str = ""
     graph: bool = False  #: under a CUDA graph that is captured here
 
     @property
@@ -293,17 +375,22 @@ class Candidate:
         if self.kind == "hgfast" and case.op == "conv 1x1":
             assert isinstance(module, nn.Sequential)
             convolution = module[0]
-            weight, bias = convolution.weight.detach(), convolution.bias.detach()
+            weight, bias = weights_of(convolution)
             return lambda: ops.conv(*data, weight, bias, relu=True)
+
+        if self.kind == "hgfast" and isinstance(module, (Stem, Head)):
+            return module.in_kernels(*data)
 
         model = copy.deepcopy(module)
         if self.kind == "folded":
-            assert isinstance(model, Residual)
-            model = Folded(model)
+            assert isinstance(model, (Residual, Stem, Head))
+            model = Folded(model) if isinstance(model, Residual) else model.folded()
         model = model.eval().requires_grad_(False).to(dtype, memory_format=layout)
         if self.kind == "hgfast":
             precision = "medium" if self.dtype != "float32" else "highest"
-            model = hgfast.optimize(model, precision, inplace=True, strict=True)
+            own = self.mode == "cuda_graph"
+            with asked_for("" if own else self.mode):
+                model = hgfast.optimize(model, precision, inplace=True, strict=True, cuda_graph=own)
         if self.kind == "compile":
             how: dict[str, Any] = {"mode": self.mode} if self.mode != "default" else {}
             if rehearsed:  # Inductor for the CPU is another compiler, and takes its time
@@ -320,8 +407,22 @@ class Candidate:
         return lambda: model(*data)
 
 
+@contextlib.contextmanager
+def asked_for(features: str) -> Iterator[None]:
+    """With the kernels switched on that hgfast does not take unasked."""
+    before = os.environ.get(UNPROVEN)
+    os.environ[UNPROVEN] = features or before or ""
+    try:
+        yield
+    finally:
+        os.environ.pop(UNPROVEN)
+        if before is not None:
+            os.environ[UNPROVEN] = before
+
+
 HGFAST = Candidate("hgfast", "bf16", channels_last=True)
 MEDIUM = replace(HGFAST, dtype="medium")
+OWN_GRAPH = replace(HGFAST, mode="cuda_graph")
 ANCHOR = replace(HGFAST, graph=True)
 EAGER = Candidate("eager", "bf16", channels_last=True)
 
@@ -366,7 +467,7 @@ OP_TIERS["decode and others"] = (
     ),
 )
 NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
-    "main": (*both(HGFAST), *both(EAGER)),
+    "main": (*both(HGFAST), OWN_GRAPH, *both(EAGER)),
     "dtypes": (
         ANCHOR,
         Candidate("hgfast", "fp16", True, graph=True),
@@ -376,6 +477,8 @@ NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
         *both(Candidate("eager", "bf16")),
         Candidate("eager", "fp16", True, graph=True),
     ),
+    # In kernels that hgfast does not take unasked before a run like this has spoken for them.
+    "unproven": (ANCHOR, *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head"))),
     "compile": (ANCHOR, *both(compiled("default"))),
     "autotune": (
         ANCHOR,
@@ -405,7 +508,7 @@ class Item:
         return tuple(
             candidate
             for candidate in tiers[self.tier]
-            if (candidate.kind != "folded" or self.case.op == "bottleneck")
+            if (candidate.kind != "folded" or self.case.op in ("bottleneck", "stem", "head"))
             and (candidate.name != "hgfast fp16 graph" or self.case.sizes.float16)
         )
 
@@ -413,6 +516,7 @@ class Item:
 #: A tier's limit in seconds, for an op and for a network.
 LIMITS = {
     "main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420),
+    "unproven": (0, 60),
     "decode": (60, 0), "decode and others": (60, 0),
 }  # fmt: skip
 
@@ -441,6 +545,9 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_ops("main", fused[:1], (large, one), sizes.levels)
     of_networks("main", (first, one), (first, large))
     of_ops("main", fused[1:], (large, one), sizes.levels)
+    of_ops("main", ("stem",), sizes.batches, (sizes.image // 2,))
+    of_ops("main", ("head",), sizes.batches, sizes.levels[:1])
+    of_networks("unproven", (first, one), (first, large))
     of_ops("decode and others", ("decode quarter",), sizes.images, (sizes.heatmaps,))
     decodes = tuple(f"decode {method}" for method in METHODS if method != "quarter")
     of_ops("decode", decodes, sizes.images[:1], (sizes.heatmaps,))

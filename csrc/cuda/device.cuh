@@ -40,6 +40,7 @@ namespace hgfast::cuda {
 
 HGFAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 HGFAST_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+HGFAST_DEVICE int grid_size() { return static_cast<int>(gridDim.x); }  // blocks
 
 // All threads of the block; orders their accesses to shared and global memory.
 HGFAST_DEVICE void sync_block() { __syncthreads(); }
@@ -52,6 +53,10 @@ HGFAST_DEVICE int forget(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+
+// A value that is the same in all lanes of the warp, all of which must take part: the compiler then
+// knows it too, and computes what follows from it once for the warp.
+HGFAST_DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // The value of the lane whose number differs in the bits of `mask`. All lanes must take part.
 HGFAST_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
@@ -84,6 +89,15 @@ HGFAST_DEVICE void store_shared(Shared address, V value) {
 template <class V>
 HGFAST_DEVICE V load_global(const void* address) {
   return __ldg(static_cast<const V*>(address));
+}
+// The same, but never before a barrier in front of it: where registers are short until then.
+HGFAST_DEVICE float2 load_global_now(const float* address) {
+  float2 value;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "l"(address)
+               : "memory");
+  return value;
 }
 template <class V>
 HGFAST_DEVICE void store_global(void* address, V value) {

@@ -38,7 +38,7 @@ namespace hgfast::cuda {
 // What the copy engine knows of a map. A kernel takes it as part of its parameters, which must be
 // __grid_constant__.
 struct TensorMap {
-  alignas(64) CUtensorMap map;
+  CUtensorMap map;
 };
 
 // Host side: fills in a map. cudaErrorInvalidValue where the engine cannot: the address and the
@@ -56,17 +56,16 @@ inline cudaError_t make_tensor_map(TensorMap& map, const void* address, const Ti
   }();
   if (!encode) return cudaErrorNotSupported;
   const cuuint64_t pixel = uint64_t{2} * static_cast<uint64_t>(shape.channels);
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.channels),
-                              static_cast<cuuint64_t>(shape.width),
-                              static_cast<cuuint64_t>(shape.height),
-                              static_cast<cuuint64_t>(shape.batch)};
+  const cuuint64_t sizes[] = {
+      static_cast<cuuint64_t>(shape.channels), static_cast<cuuint64_t>(shape.width),
+      static_cast<cuuint64_t>(shape.height), static_cast<cuuint64_t>(shape.batch)};
   const cuuint64_t strides[] = {pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(shape.box_channels),
                             static_cast<cuuint32_t>(shape.box_width),
                             static_cast<cuuint32_t>(shape.box_height), 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE,
-                                              CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
+  constexpr CUtensorMapSwizzle kSwizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
+                                              CU_TENSOR_MAP_SWIZZLE_64B,
                                               CU_TENSOR_MAP_SWIZZLE_128B};
   const CUresult result = encode(
       &map.map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
@@ -95,12 +94,14 @@ HGFAST_DEVICE void arrive_expecting(Barrier barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
-// Arrives at the same barrier of another block of the cluster.
+// Arrives at the same barrier of another block of the cluster, behind this thread's reads. (Behind
+// its writes to other blocks' shared memory it would need a fence, which takes longer than a
+// barrier of the cluster.)
 HGFAST_DEVICE void arrive_at(Barrier barrier, int rank) {
   asm volatile(
       "{.reg .b32 remote;\n\t"
       "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -210,38 +211,39 @@ HGFAST_DEVICE void wait_products() {
   HGFAST_SUMS_4(d, i), HGFAST_SUMS_4(d, i + 4), HGFAST_SUMS_4(d, i + 8), HGFAST_SUMS_4(d, i + 12)
 #define HGFAST_SUMS_32(d) HGFAST_SUMS_16(d, 0), HGFAST_SUMS_16(d, 16)
 #define HGFAST_SUMS_64(d) HGFAST_SUMS_32(d), HGFAST_SUMS_16(d, 32), HGFAST_SUMS_16(d, 48)
-#define HGFAST_NAMES_32                                                                         \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+#define HGFAST_NAMES_32                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HGFAST_NAMES_64                                                                         \
-  HGFAST_NAMES_32                                                                               \
+#define HGFAST_NAMES_64                                                                          \
+  HGFAST_NAMES_32                                                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 template <class T, int n>
 struct Products;
 
-#define HGFAST_PRODUCTS(T, type, n, sums, a0, a1, a2, a3, b, flag)                            \
-  template <>                                                                                 \
-  struct Products<T, n> {                                                                     \
-    HGFAST_DEVICE static void add(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_,     \
-                                  bool accumulate) {                                          \
-      asm volatile("{.reg .pred add;\n\tsetp.ne.b32 add, " flag ", 0;\n\t"                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"       \
-                   HGFAST_NAMES_##sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b              \
-                   ", add, 1, 1, 0;}"                                                         \
-                   : HGFAST_SUMS_##sums(d)                                                    \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_),                     \
-                     "r"(static_cast<int>(accumulate)));                                      \
-    }                                                                                         \
-    HGFAST_DEVICE static void add(float (&d)[n / 2], uint64_t a, uint64_t b_,                 \
-                                  bool accumulate) {                                          \
-      asm volatile("{.reg .pred add;\n\tsetp.ne.b32 add, " a2 ", 0;\n\t"                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"       \
-                   HGFAST_NAMES_##sums "}, " a0 ", " a1 ", add, 1, 1, 0, 0;}"                 \
-                   : HGFAST_SUMS_##sums(d)                                                    \
-                   : "l"(a), "l"(b_), "r"(static_cast<int>(accumulate)));                     \
-    }                                                                                         \
+#define HGFAST_PRODUCTS(T, type, n, sums, a0, a1, a2, a3, b, flag)                               \
+  template <>                                                                                    \
+  struct Products<T, n> {                                                                        \
+    HGFAST_DEVICE static void add(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_,        \
+                                  bool accumulate) {                                             \
+      asm volatile("{.reg .pred add;\n\tsetp.ne.b32 add, " flag                                  \
+                   ", 0;\n\t"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type               \
+                   " {" HGFAST_NAMES_##sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b            \
+                                            ", add, 1, 1, 0;}"                                   \
+                   : HGFAST_SUMS_##sums(d)                                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_),                        \
+                     "r"(static_cast<int>(accumulate)));                                         \
+    }                                                                                            \
+    HGFAST_DEVICE static void add(float (&d)[n / 2], uint64_t a, uint64_t b_, bool accumulate) { \
+      asm volatile("{.reg .pred add;\n\tsetp.ne.b32 add, " a2                                    \
+                   ", 0;\n\t"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type               \
+                   " {" HGFAST_NAMES_##sums "}, " a0 ", " a1 ", add, 1, 1, 0, 0;}"               \
+                   : HGFAST_SUMS_##sums(d)                                                       \
+                   : "l"(a), "l"(b_), "r"(static_cast<int>(accumulate)));                        \
+    }                                                                                            \
   };
 HGFAST_PRODUCTS(BFloat16, "bf16", 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 HGFAST_PRODUCTS(BFloat16, "bf16", 64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
@@ -320,9 +322,7 @@ HGFAST_DEVICE void raise_registers() {
 
 // In a launch that may begin before the kernel in front of it has ended: waits for that end. Only
 // what that kernel does not write may be read before, and nothing may be written.
-HGFAST_DEVICE void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+HGFAST_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The kernel behind this one may begin, as far as there is room.
 HGFAST_DEVICE void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

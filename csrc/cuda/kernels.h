@@ -108,6 +108,80 @@ struct UpsampleAddParams {
 };
 cudaError_t upsample_add(const UpsampleAddParams&, cudaStream_t);
 
+// The convolution that networks begin with, on images of three channels:
+//
+//   y = relu(w (scale * x + shift) + b)        7x7, stride 2, padding 3
+//
+// The padding is 0 behind the normalisation, so that this one cannot be folded into w.
+enum class Pixel : int { uint8, bfloat16, float16, float32 };
+
+struct StemParams {
+  static constexpr int kChannels = 3, kKernel = 7;
+  Element element;                              // of y and of the products
+  Pixel pixel;                                  // of x
+  int64_t batch, height, width;                 // of x; y is half as high and wide, rounded up
+  int64_t x_batch, x_channel, x_row, x_column;  // strides in elements, at least 0
+  int out;                                      // channels, a multiple of 16 up to 64
+  const void* x;               // an image has less than 2^31 elements from the first to the last
+  void* y;                     // (batch, (height + 1) / 2, (width + 1) / 2, out)
+  const float *scale, *shift;  // (3), or null
+  const float* b;              // (stem_rows(out))
+  const void* tape;
+  int tiles_a_block;  // the launcher's affair
+};
+
+// The tape holds w as a matrix of stem_rows(out) rows and kStemColumns columns, zeros where there
+// is no weight, in the order of the bottleneck's with a chunk of all rows. The weight at row ky,
+// column kx and channel c of the kernel has the column 22 ky + 3 kx + c: with 22 instead of 21 a
+// kernel row begins at an even column, so that a pair of columns is a pair of neighbours in x.
+constexpr int kStemRow = 22, kStemColumns = 160;
+constexpr int stem_rows(int out) { return out <= 32 ? 32 : 64; }
+
+// The chain of a pixel behind an hourglass:
+//
+//   z = relu(w1 y + b1)
+//   heatmaps = wh z + bh
+//   next = wn z + bn + x
+//
+// In a stacked hourglass wn is what leads the features and the heatmaps into the next stack, folded
+// into one matrix.
+struct HeadParams {
+  Element element;
+  int64_t pixels;             // of all images
+  int in, middle;             // channels, multiples of 16
+  int joints;                 // of heatmaps: any number up to kMostJoints, or 0: none are wanted
+  int out;                    // of next: a multiple of 16, or 0: it is not wanted
+  const void* y;              // (pixels, in)
+  const void* x;              // (pixels, out), or null
+  void* heatmaps;             // (pixels, joints), and zeros up to a multiple of 16 bytes
+  void* next;                 // (pixels, out)
+  const float *b1, *bn, *bh;  // (tape.middle), (tape.out), (tape.joints)
+  const void* tape;
+};
+constexpr int kMostJoints = 128;
+
+// The matrices w1, wn and wh one behind the other, in the order of the bottleneck's: w1 and wn in
+// chunks of `chunk` rows, wh in chunks of kJointRows.
+constexpr int kJointRows = 32;
+struct HeadTape {
+  int chunk;                    // rows
+  int in, middle, out, joints;  // padded
+  int64_t elements() const { return int64_t{middle} * in + int64_t{out + joints} * middle; }
+};
+HeadTape head_tape(int in, int middle, int out, int joints);
+
+// Launch what suits the current device; tell its name if asked.
+cudaError_t stem(const StemParams&, cudaStream_t, const char** variant = nullptr);
+cudaError_t head(const HeadParams&, cudaStream_t, const char** variant = nullptr);
+
+// All instances, as bottleneck_variants() tells them; a head's with 256 channels and 17 joints.
+std::vector<BottleneckVariant> stem_variants();
+std::vector<BottleneckVariant> head_variants();
+
+// As choose_bottleneck().
+bool choose_head(const HeadParams&, int multiprocessors, int shared_limit,
+                 BottleneckVariant& variant);
+
 // For checks and accounts: calls visit(pointer, bytes, written) for each array of a launch.
 template <class Visit>
 void visit_arrays(const UpsampleAddParams& p, Visit&& visit) {
@@ -115,6 +189,34 @@ void visit_arrays(const UpsampleAddParams& p, Visit&& visit) {
   visit(p.skip, bytes, false);
   for (int i = 0; i < p.maps; ++i) visit(p.low[i], bytes >> (2 * p.shift[i]), false);
   visit(p.y, bytes, true);
+}
+
+template <class Visit>
+void visit_arrays(const StemParams& p, Visit&& visit) {
+  constexpr int kBytes[] = {1, 2, 2, 4};  // of a Pixel
+  const int64_t last = (p.batch - 1) * p.x_batch + (StemParams::kChannels - 1) * p.x_channel +
+                       (p.height - 1) * p.x_row + (p.width - 1) * p.x_column;
+  visit(p.x, (last + 1) * kBytes[static_cast<int>(p.pixel)], false);
+  visit(p.y, p.batch * ((p.height + 1) / 2) * ((p.width + 1) / 2) * p.out * 2, true);
+  if (p.scale) {
+    visit(p.scale, int64_t{4} * StemParams::kChannels, false);
+    visit(p.shift, int64_t{4} * StemParams::kChannels, false);
+  }
+  visit(p.b, int64_t{4} * stem_rows(p.out), false);
+  visit(p.tape, int64_t{2} * stem_rows(p.out) * kStemColumns, false);
+}
+
+template <class Visit>
+void visit_arrays(const HeadParams& p, Visit&& visit) {
+  const HeadTape tape = head_tape(p.in, p.middle, p.out, p.joints);
+  visit(p.y, p.pixels * p.in * 2, false);
+  if (p.x) visit(p.x, p.pixels * p.out * 2, false);
+  if (p.joints) visit(p.heatmaps, (p.pixels * p.joints * 2 + 15) / 16 * 16, true);
+  if (p.out) visit(p.next, p.pixels * p.out * 2, true);
+  visit(p.b1, int64_t{4} * tape.middle, false);
+  if (p.out) visit(p.bn, int64_t{4} * tape.out, false);
+  if (p.joints) visit(p.bh, int64_t{4} * tape.joints, false);
+  visit(p.tape, tape.elements() * 2, false);
 }
 
 template <class Visit>

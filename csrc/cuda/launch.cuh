@@ -12,10 +12,11 @@ namespace hgfast::cuda {
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that one block may have
+  int major, minor;  // its compute capability
 };
 
 #ifdef HGFAST_EMULATE
-inline Device emulated_device{132, 227 * 1024};  // as a test wants it; by default an H200
+inline Device emulated_device{132, 227 * 1024, 9, 0};  // as a test wants it; by default an H200
 
 inline cudaError_t current_device(Device& device) {
   device = emulated_device;
@@ -28,6 +29,12 @@ inline cudaError_t current_device(Device& device) {
   if (const auto error =
           cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number))
     return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, number))
+    return error;
+  if (const auto error =
+          cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, number))
+    return error;
   return cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                 number);
 }
@@ -36,8 +43,8 @@ inline cudaError_t current_device(Device& device) {
 struct Grid {
   int64_t blocks;
   int threads;
-  int shared_bytes;       // dynamic shared memory of each block of this launch
-  int most_shared_bytes;  // and of any launch of this kernel on this device
+  int shared_bytes;           // dynamic shared memory of each block of this launch
+  int most_shared_bytes;      // and of any launch of this kernel on this device
   int cluster = 1;            // blocks that work together; sm_90 and later
   int registers = 0;          // of a thread when it begins, where the kernel changes them
   bool programmatic = false;  // may begin before the kernel in front of it has ended
@@ -62,8 +69,16 @@ cudaError_t launch(const char* name, const Grid& grid, cudaStream_t stream, cons
     return cudaErrorInvalidConfiguration;
 #ifdef HGFAST_EMULATE
   (void)stream;
-  return emulator::launch({name, grid.blocks, grid.threads, grid.shared_bytes, grid.cluster,
-                           grid.registers, grid.programmatic, {}, nullptr, nullptr},
+  return emulator::launch({name,
+                           grid.blocks,
+                           grid.threads,
+                           grid.shared_bytes,
+                           grid.cluster,
+                           grid.registers,
+                           grid.programmatic,
+                           {},
+                           nullptr,
+                           nullptr},
                           emulator::arrays_of(params), [&] { kernel(params); });
 #else
   (void)name;
@@ -101,8 +116,7 @@ cudaError_t launch(const char* name, const Grid& grid, cudaStream_t stream, cons
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return forgotten(
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+  return forgotten(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
 #endif
 }
 

@@ -49,6 +49,7 @@ class Block {
   int thread() const { return thread_; }
   int64_t index() const { return index_; }
   int rank() const { return rank_; }
+  int grid_size() const { return static_cast<int>(launch_->blocks); }
 
   void sync_block(Place);
   void sync_some(int number, int threads, Place);

@@ -11,6 +11,7 @@ namespace emulator {
 
 int thread_index() { return Block::current().thread(); }
 int block_index() { return static_cast<int>(Block::current().index()); }
+int grid_size() { return Block::current().grid_size(); }
 void sync_block(Place place) { Block::current().sync_block(place); }
 void sync_warp(Place place) { Block::current().sync_warp(place); }
 

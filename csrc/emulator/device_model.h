@@ -19,6 +19,7 @@ namespace emulator {
 // What stands behind the functions below; see block.h.
 int thread_index();
 int block_index();
+int grid_size();
 void sync_block(Place);
 void sync_warp(Place);
 uint32_t shuffle_xor_bits(uint32_t value, int mask, Place);
@@ -47,11 +48,13 @@ float float_of_bits(uint32_t bits);
 
 inline int thread_index() { return emulator::thread_index(); }
 inline int block_index() { return emulator::block_index(); }
+inline int grid_size() { return emulator::grid_size(); }
 
 inline void sync_block(emulator::Place place = emulator::here()) { emulator::sync_block(place); }
 inline void sync_warp(emulator::Place place = emulator::here()) { emulator::sync_warp(place); }
 
 inline int forget(int value) { return value; }
+inline int uniform(int value) { return value; }
 
 inline uint32_t shuffle_xor(uint32_t value, int mask, emulator::Place place = emulator::here()) {
   return emulator::shuffle_xor_bits(value, mask, place);
@@ -78,6 +81,9 @@ V load_global(const void* address, emulator::Place place = emulator::here()) {
   V value;
   emulator::load_global(&value, address, sizeof(V), place);
   return value;
+}
+inline float2 load_global_now(const float* address, emulator::Place place = emulator::here()) {
+  return load_global<float2>(address, place);
 }
 template <class V>
 void store_global(void* address, V value, emulator::Place place = emulator::here()) {

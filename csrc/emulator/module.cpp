@@ -129,7 +129,9 @@ PYBIND11_MODULE(hgfast_emulator, m) {
   m.def(
       "set_device",
       [](int multiprocessors, int shared_bytes) {
-        hgfast::cuda::emulated_device = {multiprocessors, shared_bytes};
+        // A block of that much shared memory there is on Hopper and its successors.
+        const int major = shared_bytes > 163 * 1024 ? 9 : 8;
+        hgfast::cuda::emulated_device = {multiprocessors, shared_bytes, major, 0};
       },
       arg("multiprocessors") = 132, arg("shared_bytes") = 227 * 1024,
       "What launchers are told of the GPU; by default an H200.");

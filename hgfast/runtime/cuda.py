@@ -1,8 +1,9 @@
 """The CUDA executor: a Plan as a sequence of launches on the current stream.
 
-Residual blocks and joins run in hgfast's kernels, in bfloat16 or float16 with float32 sums. The
-other convolutions (stem, heads) run in cuDNN, their BatchNorms folded. Values are channels_last
-throughout. Nothing waits for the device, so a run may stand in a CUDA graph capture.
+Residual blocks and joins run in hgfast's kernels, in bfloat16 or float16 with float32 sums; so do
+the stem and the heads where that is switched on (:mod:`hgfast.runtime.evidence`). The other
+convolutions run in cuDNN, their BatchNorms folded. Values are channels_last throughout. Nothing
+waits for the device, so a run may stand in a CUDA graph capture.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import plain
+from hgfast.runtime import blocks, evidence, fusions, plain
+from hgfast.runtime.blocks import Block
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 Values = dict[int, Tensor]
@@ -36,15 +38,43 @@ class Kernels:
     """The kernels that an executor launches: a GPU's, or the emulated ones in tests.
 
     Args:
-        native: the module with ``CudaBottleneck``.
+        native: the module with ``CudaBottleneck``, ``CudaStem`` and ``CudaHead``.
         ops: the namespace of the public ops.
         device: where they run.
     """
 
     def __init__(self, native: Any, ops: Any, device: torch.device) -> None:
         self.bottleneck = native.CudaBottleneck
+        self.stem = native.CudaStem
+        self.head = native.CudaHead
+        # Of one architecture; a build for others does not have them.
+        self.special = {
+            "throughput": getattr(native, "CudaHopperBottleneck", None),
+            "latency": getattr(native, "CudaLatencyBottleneck", None),
+        }
         self.ops = ops
         self.device = device
+
+    def block(self, element: torch.dtype, weights: Sequence[Tensor | None], relu: bool) -> Block:
+        """A residual block's kernels with its weights packed."""
+        w1, w3, project = weights[2], weights[6], weights[8] is not None
+        assert w1 is not None
+        assert w3 is not None
+        channels = (w1.shape[1], w1.shape[0], w3.shape[0])
+
+        def pack(kernel: Any) -> Callable[[], Any]:
+            return lambda: kernel(element, *weights, relu=relu)
+
+        others = {
+            name: pack(kernel)
+            for name, kernel in blocks.enabled(self.special).items()
+            if not kernel.obstacle(self.device, *channels, project)
+        }
+        return Block(pack(self.bottleneck), others)
+
+    def takes_head(self, head: fusions.Head) -> bool:
+        """Whether a kernel takes what follows an hourglass as one."""
+        return not self.head.obstacle(self.device, *head.channels)
 
     def obstacle(self, step: Step, channels: int | None = None) -> str | None:
         """Why no kernel takes this step, in words; None if one does, or cuDNN runs it.
@@ -132,6 +162,7 @@ class CudaExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
     asynchronous = True
+    features: frozenset[str]
 
     def __init__(
         self,
@@ -151,10 +182,29 @@ class CudaExecutor:
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
         self._channels = channels_of(plan)
+        self._stems = {
+            step.output
+            for step in plan.steps
+            if evidence.is_enabled("stem") and fusions.is_stem(step)
+        }
+        heads = (
+            fusions.heads(plan.steps, plan.inputs, self._outputs, kernels.takes_head)
+            if evidence.is_enabled("head")
+            else []
+        )
+        self._heads = {step.output: head for head in heads for step in head.steps}
+        # A stem reads the caller's tensor as it is: what only stems read is not converted.
+        others = {n for step in plan.steps if step.output not in self._stems for n in step.inputs}
+        self._raw = set(plan.inputs) - others - set(self._outputs)
         self._fitting: set[tuple[torch.Size, ...]] = set()  # shapes of inputs seen to fit
         self._weights: list[Tensor] = []  # what was packed
+        self._blocks: dict[int, Block] = {}  # by the value that they give
         with torch.inference_mode():
             self._launches = self._arrange(plan.steps, weights)
+        used = {name for block in self._blocks.values() for name in block.names} - {"portable"}
+        used |= {"stem"} if self._stems else set()
+        used |= {"head"} if self._heads else set()
+        self.features = frozenset(used)
         self._streams: set[int] = set()  # that have run it
         if kernels.device.type == "cuda":
             # Other threads will run this on streams of theirs, with no event to wait for.
@@ -176,12 +226,13 @@ class CudaExecutor:
         dtype, layout = inputs[0].dtype, torch.channels_last
         if inputs[0].is_contiguous():
             layout = torch.contiguous_format
-        if self._kernels.device.type == "cuda":
-            self._tell_the_allocator()
+        self.use_stream()
         values: Values = {}
         with torch.no_grad():
             for number, x in zip(self._plan.inputs, inputs, strict=True):
-                values[number] = x.to(self._element, memory_format=torch.channels_last)
+                if number not in self._raw:
+                    x = x.to(self._element, memory_format=torch.channels_last)
+                values[number] = x
             for launch, output, dead in self._launches:
                 values[output] = launch(values)
                 for number in dead:
@@ -193,8 +244,13 @@ class CudaExecutor:
     def _obstacle(self, step: Step) -> str | None:
         return self._kernels.obstacle(step, self._channels.get(step.output))
 
-    def _tell_the_allocator(self) -> None:
-        """That this stream reads the packed weights: once they are dropped, their memory waits."""
+    def use_stream(self) -> None:
+        """The current stream reads the packed weights: once they are dropped, their memory waits.
+
+        A graph that was captured from a run needs this for each stream that it is replayed on.
+        """
+        if self._kernels.device.type != "cuda":
+            return
         stream = torch.cuda.current_stream(self._kernels.device)
         if stream.cuda_stream not in self._streams and not torch.cuda.is_current_stream_capturing():
             for tensor in self._weights:
@@ -203,10 +259,19 @@ class CudaExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
+        if step.output in self._stems:
+            return f"{self.backend} stem"
+        if step.output in self._heads:
+            return f"{self.backend} head"
         reason = self._obstacle(step)
         if reason:
             return f"eager: {reason}"
-        return f"cuDNN {self._name}" if isinstance(step, Conv) else self.backend
+        if isinstance(step, (Conv, Remerge)):
+            return f"cuDNN {self._name}"
+        block = self._blocks.get(step.output)
+        # Which one, the shape decides.
+        several = f", {' or '.join(block.names)}" if block and len(block.names) > 1 else ""
+        return self.backend + several
 
     def _arrange(
         self, steps: Sequence[Step], weights: Mapping[str, Tensor]
@@ -233,8 +298,12 @@ class CudaExecutor:
         for step in steps:
             if step.output in pools:
                 continue
-            launch, reads = self._launch(step, weights, pools)
-            arranged.append((launch, step.output, reads))
+            head = self._heads.get(step.output)
+            if head is None:
+                launch, reads = self._launch(step, weights, pools)
+                arranged.append((launch, step.output, reads))
+            elif step is head.features:
+                arranged.append(self._launch_head(head, weights))
         kept, result = set(self._outputs), []
         for launch, output, reads in reversed(arranged):
             dead = tuple(number for number in dict.fromkeys(reads) if number not in kept)
@@ -253,16 +322,12 @@ class CudaExecutor:
             self._weights += held
             return (lambda v: run(*(v[number] for number in step.inputs))), step.inputs
         if isinstance(step, Bottleneck):
-            scale, shift, *rest = bottleneck_weights(step, weights)
-            relu = not step.preactivated
-            block = self._kernels.bottleneck(self._element, scale, shift, *rest, relu=relu)
-            self._weights += block.tensors()
-            pool = x in pools
-            source = pools.get(x, x)
-            reads = (source,) if other is None else (source, other)
-            return (
-                lambda v: block.run(v[source], None if other is None else v[other], pool)
-            ), reads
+            return self._launch_block(step, weights, pools)
+        if step.output in self._stems:
+            assert isinstance(step, Conv)
+            stem = self._kernels.stem(self._element, *conv_weights(step, weights)[:2])
+            self._weights += stem.tensors()
+            return (lambda v: stem.run(v[x])), step.inputs
         if isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             weight = weight.to(self._element, memory_format=torch.channels_last)
@@ -290,6 +355,68 @@ class CudaExecutor:
                 lambda v: ops.conv(v[x], weight, bias, add=None if other is None else v[other])
             ), step.inputs
         return (lambda v: ops.upsample_add(v[x], v[other])), step.inputs
+
+    def _launch_block(
+        self, step: Bottleneck, weights: Mapping[str, Tensor], pools: Mapping[int, int]
+    ) -> tuple[Callable[[Values], Tensor], tuple[int, ...]]:
+        """A residual block with its weights bound, and the values it reads.
+
+        Where a block behind it pools its result, and the kernel that runs gives the maximum beside
+        the result, the launch puts that into the values itself, and the other takes it from there.
+        """
+        block = self._kernels.block(
+            self._element, bottleneck_weights(step, weights), relu=not step.preactivated
+        )
+        self._weights += block.tensors()
+        self._blocks[step.output] = block
+        x = step.inputs[0]
+        other = step.inputs[1] if len(step.inputs) > 1 else None
+        source = pools.get(x, x)
+        maximum = next((pool for pool, of in pools.items() if of == step.output), None)
+
+        def launch(values: Values) -> Tensor:
+            ready = values.pop(x, None) if x in pools else None
+            result, most = block.run(
+                values[source] if ready is None else ready,
+                None if other is None else values[other],
+                x in pools and ready is None,
+                maximum is not None,
+            )
+            if maximum is not None and most is not None:
+                values[maximum] = most
+            return result
+
+        return launch, (source,) if other is None else (source, other)
+
+    def _launch_head(
+        self, head: fusions.Head, weights: Mapping[str, Tensor]
+    ) -> tuple[Callable[[Values], Tensor], int, tuple[int, ...]]:
+        """A head with its weights bound, the value it gives, and those it reads.
+
+        Where it gives two, its launch puts the heatmaps into the values itself.
+        """
+        heatmaps, merge = head.heatmaps, head.merge
+        none = (None, None)
+        kernel = self._kernels.head(
+            self._element,
+            *conv_weights(head.features, weights)[:2],
+            *(conv_weights(heatmaps, weights)[:2] if heatmaps else none),
+            *(remerge_weights(merge, weights) if merge else none),
+        )
+        self._weights += kernel.tensors()
+        y, *others = head.reads
+
+        def launch(values: Values) -> Tensor:
+            maps, following = kernel.run(values[y], *(values[x] for x in others))
+            if merge is None:
+                result: Tensor = maps
+                return result
+            if heatmaps is not None:
+                values[heatmaps.output] = maps
+            result = following
+            return result
+
+        return launch, (merge or head.steps[-1]).output, head.reads
 
 
 def _is_prologue(step: Pool) -> bool:

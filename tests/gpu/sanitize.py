@@ -35,6 +35,14 @@ from op_checks import (  # noqa: E402
     random_map,
     upsample_add_reference,
 )
+from stem_checks import (  # noqa: E402
+    PIXELS,
+    head_reference,
+    head_weights,
+    image_of,
+    stem_reference,
+    stem_weights,
+)
 from torch import Tensor  # noqa: E402
 
 from hgfast import ops  # noqa: E402
@@ -117,6 +125,30 @@ def pooled(dtype: torch.dtype) -> None:
             compare(f"pooled bottleneck {middle} {shape}", y, reference)
 
 
+def ends(dtype: torch.dtype) -> None:
+    """Stems of several tiles a block, and heads; odd sizes and odd numbers of joints."""
+    for out, batch in ((16, 1), (48, 3)):
+        for pixel in PIXELS:
+            v = stem_weights(out, dtype=pixel)
+            image = image_of(batch, 33, 71, dtype=pixel)
+            y = kernel_ops.stem(image.to(DEVICE), **moved(v), dtype=dtype)
+            ran.add(kernels.last_path())
+            compare(f"stem {out} {pixel}", y, stem_reference(image, v, torch.float64))
+    names = ("w1", "b1", "wh", "bh", "wn", "bn")
+    for channels, joints, out in ((64, 17, 64), (64, 5, 0), (144, 68, 144), (144, 0, 80)):
+        w = head_weights(channels, channels, joints, out)
+        head = kernels.CudaHead(dtype, *(moved(w).get(name) for name in names))
+        for height in (7, 512 * enough_images()):  # by one column
+            y = random_map(1, channels, height, 1, dtype=dtype, layout="channels_last")
+            results = head.run(y.to(DEVICE), None)
+            ran.add(kernels.last_path())
+            for result, judge in zip(
+                results, head_reference(y, None, w, torch.float64), strict=True
+            ):
+                if judge is not None:
+                    compare(f"head {channels} {joints} {out}", result, judge)
+
+
 def others(dtype: torch.dtype) -> None:
     low = random_map(2, 24, 3, 5, dtype=dtype, layout="channels_last")
     skip = random_map(2, 24, 6, 10, dtype=dtype, layout="channels_last", seed=2)
@@ -157,6 +189,7 @@ def main() -> None:
         bottlenecks(dtype)
         if has_kernels:
             pooled(dtype)
+            ends(dtype)
         others(dtype)
     if REHEARSAL or cuda.HAS_TRITON:
         decodes(torch.float32)
@@ -168,7 +201,12 @@ def main() -> None:
             for dtype in DTYPES
             for chunk in (32, 64, 128)
             for tile in ("4x8", "8x16")
-        } - ran
+        }
+        elements = tuple(f"<{str(dtype)[6:]}" for dtype in DTYPES)
+        for row in (*kernels.stem_variants(), *kernels.head_variants()):
+            if any(element in row["name"] for element in elements):
+                missed.add(f"cuda/{row['name']}")
+        missed -= ran
         assert not missed, f"not checked: {', '.join(sorted(missed))}"
     print("done")
 

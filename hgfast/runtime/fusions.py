@@ -1,0 +1,112 @@
+"""Steps of a Plan that have one GPU kernel together, or one made for their place in the network.
+
+What is found here can run in these kernels. Whether it does is for :mod:`hgfast.runtime.evidence`
+to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+from hgfast.plan import Conv, Remerge, Step
+
+#: Channels that the stem's kernel makes: a multiple of 16, up to this.
+MOST_STEM_CHANNELS = 64
+
+
+def is_stem(step: Step) -> bool:
+    """Whether the stem's kernel takes this step: 7x7/2 from 3 channels, ReLU behind it."""
+    if not isinstance(step, Conv) or len(step.inputs) != 1:
+        return False
+    conv, (image, out) = step.conv, step.conv.channels
+    return (
+        (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+        and (conv.dilation, conv.groups, conv.transposed) == ((1, 1), 1, False)
+        and step.norm_before is None
+        and step.relu
+        and not step.relu_sum
+        and image == 3
+        and out % 16 == 0
+        and out <= MOST_STEM_CHANNELS
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What follows an hourglass, a chain for each pixel.
+
+    ``z = relu(features(y))``, which nothing else reads; ``heatmaps(z)``; ``merge(z) [+ x]``, the
+    way into the next stack. Of the last two at least one is wanted.
+    """
+
+    features: Conv
+    heatmaps: Conv | None
+    merge: Remerge | None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for step in (self.features, self.heatmaps, self.merge) if step)
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """In, middle, joints, out; 0 for what is not wanted."""
+        joints = self.heatmaps.conv.channels[1] if self.heatmaps else 0
+        out = self.merge.direct.channels[1] if self.merge else 0
+        return *self.features.conv.channels, joints, out
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values it reads: y, and x if there is one."""
+        return self.features.inputs + (self.merge.inputs[1:] if self.merge else ())
+
+
+def heads(
+    steps: Sequence[Step],
+    inputs: Collection[int],
+    outputs: Collection[int],
+    fits: Callable[[Head], bool],
+) -> list[Head]:
+    """The heads among a Plan's steps that ``fits`` lets pass.
+
+    Args:
+        steps: in order.
+        inputs, outputs: the Plan's, by value number.
+        fits: whether a kernel takes the head.
+    """
+    found = []
+    known = set(inputs)
+    for step in steps:
+        if _is_pointwise(step) and step.relu and step.output not in outputs:
+            readers = [other for other in steps if step.output in other.inputs]
+            head = _head_of(step, readers)
+            if head and known.issuperset(head.reads) and fits(head):
+                found.append(head)
+        known.add(step.output)
+    return found
+
+
+def _head_of(features: Conv, readers: Sequence[Step]) -> Head | None:
+    """The head that begins with a convolution, if all who read its result belong to it."""
+    heatmaps: Conv | None = None
+    merge: Remerge | None = None
+    for step in readers:
+        if isinstance(step, Remerge) and merge is None and features.output not in step.inputs[1:]:
+            merge = step
+        elif _is_pointwise(step) and heatmaps is None and not step.relu:
+            heatmaps = step
+        else:
+            return None
+    return Head(features, heatmaps, merge) if readers else None
+
+
+def _is_pointwise(step: Step) -> TypeGuard[Conv]:
+    """Whether a step is a 1x1 convolution of one map, with nothing before it."""
+    return (
+        isinstance(step, Conv)
+        and len(step.inputs) == 1
+        and step.conv.is_pointwise
+        and step.norm_before is None
+        and not step.relu_sum
+    )
