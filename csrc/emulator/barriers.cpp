@@ -163,7 +163,13 @@ void Block::wait_barrier(uint32_t address, int parity, Place place) {
 // ---- The cluster
 // ---------------------------------------------------------------------------------
 
+namespace {
+void nothing(Block&, Place, void* const (&)[kLanes]) {}
+}  // namespace
+
+// All lanes of a warp come to each of its steps together.
 void Block::arrive_cluster(Place place) {
+  collective("arrive_cluster", place, nullptr, nothing);
   Thread& thread = thread_states_[thread_];
   Cluster::Gate& gate = cluster_->gate;
   if (thread.at_gate)
@@ -182,20 +188,20 @@ void Block::arrive_cluster(Place place) {
   for (int rank = 0; rank < cluster_->size(); ++rank) {
     Block& block = cluster_->block(rank);
     for (int i = 0; i < threads_; ++i)
-      if (block.thread_states_[i].waits_in &&
-          std::strcmp(block.thread_states_[i].waits_in, "wait_cluster") == 0)
-        block.wake(i / kLanes, 1u << i % kLanes);
+      if (block.thread_states_[i].in_gate) block.wake(i / kLanes, 1u << i % kLanes);
   }
 }
 
 void Block::wait_cluster(Place place) {
+  collective("wait_cluster", place, nullptr, nothing);
   Thread& thread = thread_states_[thread_];
   if (!thread.at_gate)
     fail("divergent barrier", thread_, "wait_cluster at %s:%d, with no arrive_cluster before it",
          place.file, place.line);
   Cluster::Gate& gate = cluster_->gate;
+  thread.in_gate = true;
   while (gate.phase == thread.gate_phase) wait("wait_cluster", place);
-  thread.at_gate = false;
+  thread.at_gate = thread.in_gate = false;
   cluster_->clocks().keep(gate.clock);
   learn(thread, cluster_->clocks().join(thread.clock, gate.clock));
   cluster_->clocks().give_back(gate.clock);

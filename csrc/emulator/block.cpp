@@ -81,7 +81,8 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
   if (random_) random_ = (random_ ^ static_cast<uint64_t>(index_)) * 0xbf58476d1ce4e5b9u | 1;
 
   const int warps = threads_ / kLanes;
-  shared_.begin_block(static_cast<uint32_t>(launch_->shared_bytes));
+  shared_.begin_block(static_cast<uint32_t>(launch_->shared_bytes), agent(0),
+                      static_cast<uint32_t>(threads_));
   stacks_.reserve(threads_);
   if (static_cast<int>(thread_states_.size()) < threads_) thread_states_.resize(threads_);
   if (static_cast<int>(warps_.size()) < warps) warps_.resize(warps);
@@ -117,6 +118,7 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
     thread.time = 1;
     thread.fenced = 0;
     thread.at_gate = false;
+    thread.in_gate = false;
   }
 }
 

@@ -137,6 +137,7 @@ class Block {
     int clock;
     uint32_t time, fenced;
     bool at_gate;  // of the cluster: arrived, and has not waited yet
+    bool in_gate;  // and waits now
     uint32_t gate_phase;
   };
   // Sums of a warp, from the first of its products until the last one is over.

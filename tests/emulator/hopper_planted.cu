@@ -362,6 +362,19 @@ __global__ void divergent_warps(const __grid_constant__ ProbeParams p) {
 }
 
 template <bool right>
+__global__ void divergent_operands(const __grid_constant__ ProbeParams p) {
+  write_operands();
+  fence_async();
+  sync_block();
+  float d[32] = {};
+  begin_products();
+  add_product<BFloat16>(d, part(0), part(right || thread_index() >= kWarp ? kPart : 0));  // HERE
+  commit_products();
+  wait_products<0>();
+  put(p, text(d[0]));
+}
+
+template <bool right>
 __global__ void product_left_out(const __grid_constant__ ProbeParams p) {
   write_operands();
   fence_async();
@@ -618,6 +631,16 @@ __global__ void wait_without_arrival(const __grid_constant__ ProbeParams p) {
   put(p, mine(p));
 }
 
+// One lane takes another way to the same barrier.
+template <bool right>
+__global__ void lanes_apart_at_cluster(const __grid_constant__ ProbeParams p) {
+  if (right || thread_index() != 9)
+    sync_cluster();  // BRANCH
+  else
+    sync_cluster();  // BRANCH
+  put(p, mine(p));
+}
+
 template <bool right>
 __global__ void no_such_block(const __grid_constant__ ProbeParams p) {
   sync_cluster();
@@ -757,6 +780,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(products_never_waited_for),
     HGFAST_PLANTED(divergent_lanes),
     HGFAST_PLANTED(divergent_warps),
+    HGFAST_PLANTED(divergent_operands),
     HGFAST_PLANTED(product_left_out),
     HGFAST_PLANTED(product_of_half_a_group),
     HGFAST_PLANTED(released_before_the_products),
@@ -775,6 +799,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(remote_not_ordered),
     HGFAST_PLANTED(between_the_steps),
     HGFAST_PLANTED(wait_without_arrival),
+    HGFAST_PLANTED(lanes_apart_at_cluster),
     HGFAST_PLANTED(no_such_block),
     HGFAST_PLANTED(ends_before_an_arrival),
     HGFAST_PLANTED(ends_before_a_store),
