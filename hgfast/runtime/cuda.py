@@ -139,7 +139,6 @@ class CudaExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
     asynchronous = True
-    features: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -170,6 +169,8 @@ class CudaExecutor:
             else []
         )
         self._heads = {step.output: head for head in heads for step in head.steps}
+        used = {"stem": self._stems, "head": self._heads}
+        self.features = frozenset(name for name, steps in used.items() if steps)
         # A stem reads the caller's tensor as it is: what only stems read is not converted.
         others = {n for step in plan.steps if step.output not in self._stems for n in step.inputs}
         self._raw = set(plan.inputs) - others - set(self._outputs)
