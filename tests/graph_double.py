@@ -247,24 +247,23 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def recorded(bottleneck: Any, double: Double) -> Any:
-    """The class of the emulated kernel, whose launches no operation of PyTorch's tells of."""
+def recorded(kernel: Any, double: Double) -> Any:
+    """The class of an emulated kernel, whose launches no operation of PyTorch's tells of."""
 
     class Recorded:
-        obstacle = staticmethod(bottleneck.obstacle)
+        obstacle = staticmethod(getattr(kernel, "obstacle", None) or str)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._block = bottleneck(*args, **kwargs)
+            self._kernel = kernel(*args, **kwargs)
 
         def tensors(self) -> list[Tensor]:
-            found: list[Tensor] = self._block.tensors()
+            found: list[Tensor] = self._kernel.tensors()
             return found
 
-        def run(self, *args: Any) -> Tensor:
-            def call() -> Tensor:
+        def run(self, *args: Any) -> Any:
+            def call() -> Any:
                 with _disable_current_modes():
-                    y: Tensor = self._block.run(*args)
-                return y
+                    return self._kernel.run(*args)
 
             result = call()
             if double.recorder is not None:

@@ -428,6 +428,7 @@ def test_unproven_kernels_wait_to_be_asked_for(
         monkeypatch.setenv(evidence.UNPROVEN, asked)
         plan, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
         path = paths(executor, plan)
+        assert ",".join(sorted(executor.features, reverse=True)) == asked
         assert path["stem.conv"] == stem
         for name in ("heads.0.conv", "heads.0.heatmap", "remerges.0.features", "heads.1.heatmap"):
             assert path[name] == head
