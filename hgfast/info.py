@@ -14,6 +14,7 @@ import torch
 
 from hgfast import _native
 from hgfast._version import __version__
+from hgfast.runtime import evidence
 
 # What Linux calls the features that a kernel may use, most telling last.
 _CPU_FEATURES = (
@@ -28,6 +29,7 @@ def collect() -> dict[str, dict[str, str]]:
         "versions": _versions(),
         "CPU": _cpu(),
         "GPU": _gpu(),
+        "GPU features": _features(),
         "compiled module": _compiled(),
     }
 
@@ -117,6 +119,25 @@ def _gpu() -> dict[str, str]:
         memory = f"{device.total_memory / 2**30:.0f} GiB"
         rows[f"GPU {index}"] = f"{device.name}, compute {device.major}.{device.minor}, {memory}"
     return {**(rows or {"GPU": "none that torch can use"}), "nvcc": _nvcc()}
+
+
+def _features() -> dict[str, str]:
+    """What is taken on a GPU without being asked for, and by what evidence."""
+    try:
+        asked = evidence.asked_for()
+    except ValueError as error:
+        return {evidence.UNPROVEN: str(error)}
+    rows = {}
+    for name, feature in evidence.FEATURES.items():
+        state = "on" if feature.evidence or name in asked else "off"
+        if feature.evidence:
+            why = f"measured, benchmarks/results/{feature.evidence}"
+        elif name in asked:
+            why = f"not yet run on a GPU; {evidence.UNPROVEN} names it"
+        else:
+            why = f"not yet run on a GPU ({evidence.UNPROVEN}={name} switches it on)"
+        rows[name] = f"{state}; {feature.what}; {why}"
+    return rows
 
 
 def _nvcc() -> str:

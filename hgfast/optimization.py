@@ -18,6 +18,8 @@ from hgfast.decoding import decode as decode_heatmaps
 from hgfast.plan import output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.region import Forward, Notices, Region, regions_of
+from hgfast.runtime import evidence
+from hgfast.runtime.graphs import Graphs
 from hgfast.trace import TraceError
 
 PRECISIONS = ("highest", "high", "medium")
@@ -48,6 +50,7 @@ class Optimization:
     precision: str
     skipped: list[Skipped]
     notices: Notices
+    graphs: Graphs
 
 
 _ATTRIBUTE = "_hgfast"
@@ -71,6 +74,12 @@ def precision_of(model: nn.Module) -> str | None:
     return optimization.precision if optimization else None
 
 
+def cuda_graph_of(model: nn.Module) -> bool | str | None:
+    """The ``cuda_graph`` that ``model`` was optimised with, or None if it is not optimised."""
+    optimization = optimization_of(model)
+    return optimization.graphs.wanted if optimization else None
+
+
 def optimize(
     model: Model,
     precision: str | None = None,
@@ -78,6 +87,7 @@ def optimize(
     strict: bool = False,
     example: Tensor | Sequence[Tensor] | None = None,
     decode: str | Mapping[str, Any] | None = None,
+    cuda_graph: bool | str = "auto",
 ) -> Model:
     """Swap hgfast's kernels into a model, wherever its structure is recognised.
 
@@ -105,6 +115,15 @@ def optimize(
             last. Where the whole model is replaced, these are decoded as the kernels leave them,
             neither converted to the model's dtype nor copied; other outputs are not computed.
             A module inside that decodes already goes on to do so.
+        cuda_graph: on a GPU, capture the launches of each replaced part as CUDA graphs, and replay
+            these: one for each shape of inputs, from its second call on, at most eight; weights
+            that change take their graphs along. Results are the caller's own, threads and streams
+            may share the model, and inside a capture of yours everything is recorded as without.
+            While one is captured (:func:`warmup` does it when you say so), another thread must
+            not call ``torch.cuda.synchronize``. True: wherever the kernels are a GPU's; False:
+            never; "auto": once a measurement has shown that it is right and faster; until then it
+            is as False (``hgfast info`` says how it stands). On a CPU it changes nothing, and the
+            report says so.
 
     Returns:
         The optimised model. ``hgfast.report`` says what was replaced.
@@ -112,8 +131,9 @@ def optimize(
     Raises:
         TypeError: ``model`` is not a module, ``example`` not made of tensors, or ``decode``
             neither a name nor keywords.
-        ValueError: ``precision`` or ``decode`` is unknown, ``model`` cannot be deep-copied, or
-            returns something else than heatmaps where they are to be decoded.
+        ValueError: ``precision``, ``decode`` or ``cuda_graph`` is unknown, so is a name in
+            ``HGFAST_UNPROVEN``, ``model`` cannot be deep-copied, or returns something else than
+            heatmaps where they are to be decoded.
         OptimizationError: nothing was replaced and ``strict`` is set.
 
     Where it raises, ``model`` is left as it was.
@@ -124,6 +144,9 @@ def optimize(
         precision = torch.get_float32_matmul_precision()
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
+        raise ValueError(f'cuda_graph must be "auto", True or False, got {cuda_graph!r}')
+    evidence.asked_for()  # raises where the environment names what there is not
     decoding = None if decode is None else _decoding(decode)
     own = model.__dict__.get("forward")
     if decoding is not None and own is not None and not isinstance(own, Forward):
@@ -132,13 +155,19 @@ def optimize(
             "own, set on the instance"
         )
     inputs = _example_inputs(example)
-    if precision_of(model) == precision and decode_of(model) == decoding and regions_of(model):
+    asked = (precision, decoding, cuda_graph)
+    if regions_of(model) and asked == (
+        precision_of(model),
+        decode_of(model),
+        cuda_graph_of(model),
+    ):
         return model if inplace else _copy(model)
 
     target = model if inplace else _copy(model)
     before = [(module, _marks_of(module)) for module in target.modules()]
     try:
-        _replace(target, decoding, Optimization(precision, [], Notices()), inputs, strict)
+        optimization = Optimization(precision, [], Notices(), Graphs(cuda_graph))
+        _replace(target, decoding, optimization, inputs, strict)
     except Exception:
         restore(target)
         for module, marks in before:
@@ -233,7 +262,9 @@ def refresh(fast: Model) -> Model:
 
 
 def warmup(fast: Model, shapes: Sequence[int] | Iterable[Sequence[int]]) -> Model:
-    """Run ``fast`` once on zeros of each shape, so that later calls find everything prepared.
+    """Run ``fast`` on zeros of each shape, so that later calls find everything prepared.
+
+    Once, or twice where that captures a CUDA graph.
 
     Args:
         fast: an optimised model with one input.
@@ -247,7 +278,10 @@ def warmup(fast: Model, shapes: Sequence[int] | Iterable[Sequence[int]]) -> Mode
     first = next(iter(tensors_of(fast).values()), torch.empty(0))
     with torch.inference_mode():
         for shape in every:
-            fast(torch.zeros(tuple(shape), dtype=first.dtype, device=first.device))
+            x = torch.zeros(tuple(shape), dtype=first.dtype, device=first.device)
+            fast(x)
+            if any(region.graph_use().used for region in regions_of(fast)):
+                fast(x)
     return fast
 
 
@@ -317,7 +351,14 @@ def _find_regions(
             for child_name, child in module.named_children():
                 visit(child, f"{name}.{child_name}" if name else child_name)
             return
-        region = Region(module, name, plan, optimization.precision, optimization.notices)
+        region = Region(
+            module,
+            name,
+            plan,
+            optimization.precision,
+            optimization.notices,
+            optimization.graphs,
+        )
         try:
             reason = region.pack().reason
         except (ValueError, RuntimeError) as error:

@@ -35,6 +35,7 @@ from hgfast.decoding import decode
 from hgfast.plan import Plan, Step, fill_outputs, output_values
 from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime.choice import Executor, choose
+from hgfast.runtime.graphs import GraphedExecutor, Graphs, plain
 from hgfast.trace import TraceError
 
 #: What a Watch finds, by number (csrc/watch.cpp), and which findings mean eager for this call.
@@ -55,6 +56,7 @@ class Notices:
     """Why eager ran, each reason once for one optimised model, as a warning and in the report."""
 
     seen: dict[str, str] = field(default_factory=dict)  # reason -> name of the first region
+    graphs: set[str] = field(default_factory=set)  # likewise, why something was not captured
 
     def add(self, region: str, reason: str) -> None:
         if reason not in self.seen:
@@ -63,6 +65,34 @@ class Notices:
             warnings.warn(
                 f"hgfast runs {where} eagerly, because {reason}", HgfastWarning, stacklevel=2
             )
+
+    def add_graph(self, region: str, reason: str) -> None:
+        if reason not in self.graphs:
+            self.graphs.add(reason)
+            where = f"module {region!r}" if region else "the model"
+            warnings.warn(
+                f"hgfast runs {where} without a CUDA graph, because {reason}",
+                HgfastWarning,
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class GraphUse:
+    """What a region makes of CUDA graphs.
+
+    Attributes:
+        region: its qualified name, "" for the model.
+        used: whether its runs are captured.
+        cached: how many graphs it has: one for each shape of inputs that came often enough, and
+            others under autocast.
+        reason: why they are not used, or why one is missing; empty where nothing is.
+    """
+
+    region: str
+    used: bool
+    cached: int = 0
+    reason: str = ""
 
 
 #: Without the packet of overloads, which costs a search at every call.
@@ -147,15 +177,23 @@ class Region(Forward):
         name: its qualified name in the optimised model, "" for the model itself.
         plan: what the module computes.
         precision: "highest", "high" or "medium".
+        graphs: whether its runs become CUDA graphs; the model's other regions have the same.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, plan: Plan, precision: str, notices: Notices
+        self,
+        module: nn.Module,
+        name: str,
+        plan: Plan,
+        precision: str,
+        notices: Notices,
+        graphs: Graphs,
     ) -> None:
         super().__init__(module)
         self.name = name
         self.plan = plan
         self.precision = precision
+        self.graphs = graphs
         self._notices = notices
         self._lock = threading.RLock()
         self._state: _State | None = None
@@ -205,10 +243,16 @@ class Region(Forward):
             chosen = choose(plan, used, self.precision, as_computed=decodes)
             executor, reason = (None, chosen) if isinstance(chosen, str) else (chosen, None)
             first = next(iter(used.values()), torch.empty(0))
+            if executor is not None:
+                executor = self._graphed(executor, first.device)
             self._state = _State(
                 plan, watch, executor, reason, first.dtype, first.device, first.device.type
             )
             return self._state
+
+    def _graphed(self, executor: Executor, device: torch.device) -> Executor:
+        notices, name = self._notices, self.name  # not the region: it holds the executor
+        return self.graphs.around(executor, device, lambda why: notices.add_graph(name, why))
 
     def recognise(self) -> _State:
         """Read the module anew, after something in it was replaced, or changed without a trace."""
@@ -243,6 +287,25 @@ class Region(Forward):
         """What runs the Plan, in a few words."""
         state = self._up_to_date()[0]
         return state.executor.backend if state and state.executor else "eager"
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Of the features of hgfast.runtime.evidence, those that it uses."""
+        state = self._up_to_date()[0]
+        return state.executor.features if state and state.executor else frozenset()
+
+    def graph_use(self) -> GraphUse:
+        """What it makes of CUDA graphs, as things are now."""
+        state = self._up_to_date()[0]
+        if state is None or state.executor is None:
+            return GraphUse(self.name, False, 0, self.graphs.obstacle(None))
+        executors = [state.executor, *state.autocast.values()]
+        graphed = {id(e): e for e in executors if isinstance(e, GraphedExecutor)}.values()
+        if not graphed:
+            return GraphUse(self.name, False, 0, self.graphs.obstacle(state.executor))
+        failure = next((executor.failure for executor in graphed if executor.failure), "")
+        is_used = not all(executor.has_given_up for executor in graphed)
+        return GraphUse(self.name, is_used, sum(executor.cached for executor in graphed), failure)
 
     def paths(self) -> list[tuple[Step, str]]:
         """Every step, and what runs it, in a few words."""
@@ -311,7 +374,8 @@ class Region(Forward):
                 chosen = choose(state.plan, used, "medium", as_computed=True)
                 if isinstance(chosen, str):
                     raise ValueError(chosen)
-                state.autocast["medium"] = chosen
+                assert state.device is not None
+                state.autocast["medium"] = self._graphed(chosen, state.device)
             return state.autocast["medium"]
 
     def _dtypes_with_autocast(
@@ -475,7 +539,8 @@ class Region(Forward):
             if is_real and state is not None and state.executor is not None:
                 used = [weights[name] for name in names]
                 decodes = self.decoding is not None
-                compiling.packs.adopt(text, used, self.precision, decodes, state.executor)
+                executor = plain(state.executor)
+                compiling.packs.adopt(text, used, self.precision, decodes, executor)
         return text
 
     def _recorded_plan(self) -> Plan:
@@ -615,7 +680,7 @@ _captured: WeakKeyDictionary[nn.Module, list[Executor]] = WeakKeyDictionary()
 
 
 def _keep_for_graphs(module: nn.Module, executor: Executor) -> None:
-    kept = _captured.setdefault(module, [])
+    kept, executor = _captured.setdefault(module, []), plain(executor)
     if executor not in kept:
         kept.append(executor)
 

@@ -17,7 +17,8 @@ from hgfast._table import Cell, render, rich_table
 from hgfast._version import __version__
 from hgfast.optimization import Skipped, decode_of, optimization_of, without_kernels
 from hgfast.plan import Block, Plan, Step
-from hgfast.region import Region, regions_of
+from hgfast.region import GraphUse, Region, regions_of
+from hgfast.runtime import evidence
 
 #: Reports with more blocks than this are printed with repeated blocks in one line each.
 _LONG: Final = 32
@@ -75,6 +76,10 @@ class Report:
             what the kernels really compute (the rows' ``flops``) is less.
         left: for skipped modules, the FLOPs inside that are still PyTorch's, by name.
         note: why the FLOPs are not known; empty where they are.
+        cuda_graph: "auto", True or False, as optimised for.
+        graphs: for each region, whether its launches are captured as CUDA graphs, how many are
+            there by now, and why not.
+        unproven: what is in use that has not yet run on a GPU, by the names of ``hgfast info``.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -86,6 +91,9 @@ class Report:
     kernel_flops: int | None = None
     left: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    cuda_graph: bool | str = "auto"
+    graphs: list[GraphUse] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float | None:
@@ -107,6 +115,9 @@ class Report:
         skipped     [{name, reason, flops (left in PyTorch; or null)}, ...]
         fallbacks   [{region, reason}, ...]
         flops       {total, kernels, share, note}; the first three null where not known
+        cuda_graph  "auto", true, false
+        graphs      [{region, used, cached, reason}, ...]
+        unproven    names of features in use that have not yet run on a GPU
         """
         return {
             "hgfast": __version__,
@@ -134,6 +145,17 @@ class Report:
                 "share": self.share,
                 "note": self.note,
             },
+            "cuda_graph": self.cuda_graph,
+            "graphs": [
+                {
+                    "region": use.region,
+                    "used": use.used,
+                    "cached": use.cached,
+                    "reason": use.reason,
+                }
+                for use in self.graphs
+            ],
+            "unproven": list(self.unproven),
         }
 
     def table(self, full: bool | None = None) -> str:
@@ -191,6 +213,22 @@ class Report:
         if self.fallbacks:
             why: list[list[Cell]] = [[shown(name), reason] for name, reason in self.fallbacks]
             yield "ran eagerly since", ["region", "because"], why, None
+        # Who never asked for graphs, nor has any, need not read why.
+        if self.graphs and (self.cuda_graph is True or any(use.used for use in self.graphs)):
+            uses: list[list[Cell]] = [
+                [
+                    shown(use.region),
+                    ("1 graph" if use.cached == 1 else f"{use.cached} graphs")
+                    if use.used
+                    else "none",
+                    use.reason,
+                ]
+                for use in self.graphs
+            ]
+            yield "CUDA graphs", ["region", "captured", "because"], uses, None
+        if self.unproven:
+            lines = [[name, evidence.FEATURES[name].what] for name in self.unproven]
+            yield "in use, not yet run on a GPU", ["feature", "what it is"], lines, None
 
     def _total(self) -> str:
         if self.flops is None:
@@ -249,6 +287,8 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
     replaced, eager_now = [], []
     kernel_flops = unneeded = 0
     in_kernels: dict[str, int] = {}
+    graphs: list[GraphUse] = []
+    features: dict[str, None] = {}
     # With gradients wanted, a region does not look at what became of its weights.
     with torch.no_grad():
         for region in regions_of(fast):
@@ -257,6 +297,8 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
             replaced += rows
             if region.backend == "eager":
                 eager_now.append(Skipped(region.name, region.pack().reason or "it has no executor"))
+            graphs.append(region.graph_use())
+            features |= dict.fromkeys(sorted(region.features))
             kernel_flops += in_kernels[region.name]
             unneeded += _unneeded(region, calls or [])
     left = {}
@@ -273,6 +315,13 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
         kernel_flops=kernel_flops if work else None,
         left=left,
         note=note,
+        cuda_graph=optimization.graphs.wanted,
+        graphs=graphs,
+        unproven=[
+            name
+            for name in evidence.FEATURES
+            if name in features and not evidence.FEATURES[name].evidence
+        ],
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import hgfast
 from hgfast import _native, info
 from hgfast.cli import main
+from hgfast.runtime import evidence
 
 
 def compiled():
@@ -116,6 +117,26 @@ def test_an_unknown_forced_instruction_set_is_explained():
 def test_nvcc_that_does_not_run_is_said(monkeypatch):
     monkeypatch.setenv("CUDACXX", "/no/such/nvcc")
     assert info.collect()["GPU"]["nvcc"].startswith("/no/such/nvcc does not run")
+
+
+def test_gpu_features_and_what_speaks_for_them(monkeypatch):
+    monkeypatch.setitem(evidence.FEATURES, "head", evidence.Feature("a head", "gpu.json"))
+    monkeypatch.setenv(evidence.UNPROVEN, "stem")
+    shown = info.collect()["GPU features"]
+    assert shown.keys() == evidence.FEATURES.keys()
+    assert shown["head"] == "on; a head; measured, benchmarks/results/gpu.json"
+    assert shown["stem"].startswith("on; the 7x7 stem")
+    assert shown["stem"].endswith("; not yet run on a GPU; HGFAST_UNPROVEN names it")
+    assert shown["graph"].startswith("off; ")
+    assert shown["graph"].endswith("not yet run on a GPU (HGFAST_UNPROVEN=graph switches it on)")
+    for name, value in shown.items():
+        assert value.startswith("on") == evidence.is_enabled(name)
+
+
+def test_an_unknown_gpu_feature_is_explained():
+    result = run("info", HGFAST_UNPROVEN="hopper")
+    assert result.returncode == 0, result.stderr
+    assert "got 'hopper'" in rows(result.stdout)["HGFAST_UNPROVEN"]
 
 
 def test_version(capsys):

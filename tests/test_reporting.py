@@ -20,7 +20,10 @@ from hgfast.region import regions_of
 from hgfast.reporting import Replaced, Report, kind_of, label_of, together, units_of
 from hgfast.runtime.cpu import CpuExecutor
 
-KEYS = {"hgfast", "precision", "decode", "replaced", "skipped", "fallbacks", "flops"}
+KEYS = {
+    "hgfast", "precision", "decode", "replaced", "skipped", "fallbacks", "flops", "cuda_graph",
+    "graphs", "unproven",
+}  # fmt: skip
 
 
 def eager_flops(model: nn.Module, *inputs: Any) -> int:
@@ -324,6 +327,8 @@ def test_to_dict_is_json() -> None:
             assert row.keys() == {"name", "kind", "backend", "region", "part_of", "flops"}
         for row in known["skipped"]:
             assert row.keys() == {"name", "reason", "flops"}
+        for row in known["graphs"]:
+            assert row.keys() == {"region", "used", "cached", "reason"}
     x = torch.randn(1, 16, 8, 8)
     known = hgfast.report(hgfast.optimize(Foreign().eval()), x).to_dict()
     assert known["precision"] == "highest"

@@ -320,7 +320,8 @@ class Candidate:
     dtype: str  #: "float32", "TF32", "bf16", "fp16"; "medium": a float32 model, bf16 inside
     channels_last: bool = False
     #: Of torch.compile; "contiguous": where hgfast is not in channels_last; of a network in hgfast:
-    #: its unproven kernels.
+    #: its unproven kernels, or "cuda_graph": it replays graphs of its own, with the copies in and
+    #: out that this takes.
     mode: str = ""
     graph: bool = False  #: under a CUDA graph that is captured here
 
@@ -387,8 +388,9 @@ class Candidate:
         model = model.eval().requires_grad_(False).to(dtype, memory_format=layout)
         if self.kind == "hgfast":
             precision = "medium" if self.dtype != "float32" else "highest"
-            with asked_for(self.mode):
-                model = hgfast.optimize(model, precision, inplace=True, strict=True)
+            own = self.mode == "cuda_graph"
+            with asked_for("" if own else self.mode):
+                model = hgfast.optimize(model, precision, inplace=True, strict=True, cuda_graph=own)
         if self.kind == "compile":
             how: dict[str, Any] = {"mode": self.mode} if self.mode != "default" else {}
             if rehearsed:  # Inductor for the CPU is another compiler, and takes its time
@@ -420,6 +422,7 @@ def asked_for(features: str) -> Iterator[None]:
 
 HGFAST = Candidate("hgfast", "bf16", channels_last=True)
 MEDIUM = replace(HGFAST, dtype="medium")
+OWN_GRAPH = replace(HGFAST, mode="cuda_graph")
 ANCHOR = replace(HGFAST, graph=True)
 EAGER = Candidate("eager", "bf16", channels_last=True)
 
@@ -464,7 +467,7 @@ OP_TIERS["decode and others"] = (
     ),
 )
 NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
-    "main": (*both(HGFAST), *both(EAGER)),
+    "main": (*both(HGFAST), OWN_GRAPH, *both(EAGER)),
     "dtypes": (
         ANCHOR,
         Candidate("hgfast", "fp16", True, graph=True),

@@ -163,7 +163,7 @@ def tests(work: Path, rehearse: bool) -> list[Test]:
 
     found = [
         suite(f"tests/gpu/test_gpu_{name}.py", f"tests/gpu/test_gpu_{name}.py", limit=180)
-        for name in ("kernels", "decode", "runtime", "networks", "torch")
+        for name in ("kernels", "decode", "runtime", "networks", "graphs", "torch")
     ]
     script = [sys.executable, "tests/gpu/sanitize.py"]
     if rehearse:

@@ -67,7 +67,21 @@ void Block::init_barrier(uint32_t address, int arrivals, Place place) {
                        asker.time,
                        {},
                        Clocks::kNothing,
+                       false,
+                       0,
+                       0,
+                       kNobody,
                        {}});
+}
+
+void Block::fence_barriers() {
+  Thread& thread = thread_states_[thread_];
+  for (BarrierState& barrier : barriers_) {
+    if (barrier.fenced || barrier.made_by != agent(thread_)) continue;
+    barrier.fenced = true;
+    barrier.made_at = thread.time;
+  }
+  ++thread.time;
 }
 
 Block::BarrierState& Block::barrier_at(Block& owner, const char* function, uint32_t address,
@@ -78,6 +92,11 @@ Block::BarrierState& Block::barrier_at(Block& owner, const char* function, uint3
       fail("race", thread_,
            "%s at %s:%d uses the barrier at byte offset %u of shared memory, and nothing orders "
            "that behind its init_barrier",
+           function, place.file, place.line, address - SharedMemory::kBase);
+    if (!barrier.fenced)
+      fail("not fenced", thread_,
+           "%s at %s:%d uses the barrier at byte offset %u of shared memory, with no "
+           "fence_barriers() behind its init_barrier",
            function, place.file, place.line, address - SharedMemory::kBase);
     return barrier;
   }
@@ -96,6 +115,10 @@ void Block::arrive(uint32_t address, int rank, int bytes, const char* function, 
         "for %lld bytes",
         function, place.file, place.line, address - SharedMemory::kBase, barrier.arrivals,
         static_cast<long long>(barrier.bytes));
+  constexpr int kMostBytes = (1 << 20) - 1;  // that a phase can wait for
+  if (bytes < 0 || barrier.bytes + bytes > kMostBytes)
+    fail("bad barrier", thread_, "%s at %s:%d: %d bytes more, and a phase counts up to %d",
+         function, place.file, place.line, bytes, kMostBytes);
   if (&owner != this) owner.note_remote(asker(thread_, place), function);
   barrier.bytes += bytes;
   --barrier.missing;
@@ -193,9 +216,18 @@ void Block::set_registers(int registers, bool raise, Place place) {
     int registers;
     bool raise;
   } wish{registers, raise};
-  collective(function, place, &wish, [](Block& block, Place place, void* const(&all)[kLanes]) {
+  const auto change = [](Block& block, Place place, void* const(&all)[kLanes]) {
     const Wish& wish = *static_cast<const Wish*>(all[0]);
-    Warp& mine = block.warps_[block.thread_ / kLanes];
+    const int number = block.thread_ / kLanes;
+    Warp& mine = block.warps_[number];
+    auto& changes = block.changes_[number / 4];
+    if (mine.changes == changes.size()) changes.push_back({wish.registers, wish.raise, place});
+    const Change& same_one = changes[mine.changes++];
+    if (same_one.registers != wish.registers || same_one.raise != wish.raise)
+      block.fail("divergent registers", block.thread_,
+                 "%s at %s:%d: to %d, and another warp of its warpgroup wants %d at %s:%d",
+                 wish.raise ? "raise_registers" : "lower_registers", place.file, place.line,
+                 wish.registers, same_one.registers, same_one.place.file, same_one.place.line);
     if (wish.raise ? wish.registers < mine.registers : wish.registers > mine.registers)
       block.fail("bad registers", block.thread_, "%s at %s:%d: to %d, and the warp has %d",
                  wish.raise ? "raise_registers" : "lower_registers", place.file, place.line,
@@ -215,7 +247,8 @@ void Block::set_registers(int registers, bool raise, Place place) {
       warp.wanted = 0;
       block.wake(i, ~0u);
     }
-  });
+  };
+  collective(warpgroup_only(function, place), place, &wish, change);
   while (warps_[thread_ / kLanes].wanted) wait(function, place);
 }
 

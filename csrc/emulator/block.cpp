@@ -86,6 +86,7 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
   if (static_cast<int>(thread_states_.size()) < threads_) thread_states_.resize(threads_);
   if (static_cast<int>(warps_.size()) < warps) warps_.resize(warps);
   issued_.assign((warps + 3) / 4, {});
+  changes_.assign((warps + 3) / 4, {});
   ready_warps_ = warps == 32 ? ~0u : (1u << warps) - 1;
   free_registers_ = 0;
   for (int i = 0; i < warps; ++i) {
@@ -93,6 +94,8 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
     warp.ready = ~0u;
     warp.arrived = 0;
     warp.products_begun = false;
+    warp.begins = 0;
+    warp.changes = 0;
     warp.product_groups = 0;
     warp.products = 0;
     warp.pending.clear();
@@ -146,19 +149,41 @@ void Block::end_thread() {
     fail("products never waited for", thread_,
          "add_product at %s:%d is under way when its thread ends", warp.pending.front().place.file,
          warp.pending.front().place.line);
-  if (++ended_ == threads_) check_nobody_comes();
+  if (++ended_ == threads_) {
+    check_warpgroups();
+    check_nobody_comes();
+  }
   warps_[thread_ / kLanes].ready &= ~(1u << thread_ % kLanes);
   switch_to_next();
   __builtin_unreachable();
 }
 
+// What all warps of a warpgroup do together, none may leave out.
+void Block::check_warpgroups() {
+  for (int i = 0; i < threads_ / kLanes; ++i) {
+    const Warp& warp = warps_[i];
+    const auto& issued = issued_[i / 4];
+    const auto& changes = changes_[i / 4];
+    if (warp.products < issued.size())
+      fail("divergent products", i * kLanes,
+           "its warp leaves out a product of its warpgroup, that of %s:%d",
+           issued[warp.products].place.file, issued[warp.products].place.line);
+    if (warp.changes < changes.size())
+      fail("divergent registers", i * kLanes,
+           "its warp leaves out a change of its warpgroup's registers, that of %s:%d",
+           changes[warp.changes].place.file, changes[warp.changes].place.line);
+  }
+}
+
 // Behind a block's end, its shared memory is another's.
 void Block::check_nobody_comes() {
+  const auto knows = [&](uint32_t agent, uint32_t time) {
+    for (int i = 0; i < threads_; ++i)
+      if (cluster_->clocks().seen(thread_states_[i].clock)[agent] >= time) return true;
+    return false;
+  };
   for (const Remote& remote : remote_) {
-    bool known = false;
-    for (int i = 0; i < threads_ && !known; ++i)
-      known = cluster_->clocks().seen(thread_states_[i].clock)[remote.agent] >= remote.time;
-    if (known) continue;
+    if (knows(remote.agent, remote.time)) continue;
     const Place place = place_of(remote.by);
     fail("ended too early", thread_,
          "its block ends, and nothing says that %s at %s:%d, by thread %d of block %lld, came "
@@ -166,13 +191,18 @@ void Block::check_nobody_comes() {
          remote.function, place.file, place.line, thread_of(remote.by),
          static_cast<long long>(index_ - rank_ + cluster_->rank_of(remote.agent)));
   }
-  if (const Cluster::Copy* copy = cluster_->copy_to(rank_)) {
-    const Place place = place_of(copy->by);
+  // Whether a copy has come already is a matter of luck; whether somebody waited for it is not.
+  const auto fail_copy = [&](uint32_t to, Stamp by) {
+    const Place place = place_of(by);
     fail("ended too early", thread_,
-         "its block ends while the copy of %s:%d to byte offset %u of its shared memory is under "
-         "way",
-         place.file, place.line, copy->to - SharedMemory::kBase);
-  }
+         "its block ends, and none of its threads has waited for the copy of %s:%d to byte offset "
+         "%u of its shared memory",
+         place.file, place.line, to - SharedMemory::kBase);
+  };
+  for (const BarrierState& barrier : barriers_)
+    if (barrier.brought_in && !knows(barrier.agent, barrier.brought_in))
+      fail_copy(barrier.brought_to, barrier.brought_by);
+  if (const Cluster::Copy* copy = cluster_->copy_to(rank_)) fail_copy(copy->to, copy->by);
 }
 
 // ---- Taking turns
@@ -210,7 +240,8 @@ void Block::switch_to_next() {
   Fiber& mine = thread_states_[thread_].fiber;
   block->thread_ = next;
   current_block = block;
-  mine.switch_to(block->thread_states_[next].fiber);
+  Fiber& chosen = block->thread_states_[next].fiber;
+  if (&chosen != &mine) mine.switch_to(chosen);  // a copy that came just now may have woken it
 }
 
 void Block::leave() {
@@ -350,8 +381,10 @@ void Block::describe_waiting(std::string& all) {
       all += " for the barrier at byte offset " +
              std::to_string(barrier.address - SharedMemory::kBase) + ", which lacks " +
              std::to_string(barrier.missing) + " of " + std::to_string(barrier.arrivals) +
-             " arrivals and " + std::to_string(barrier.bytes) + " bytes in phase " +
-             std::to_string(barrier.phase);
+             " arrivals and " + std::to_string(std::max<int64_t>(barrier.bytes, 0)) +
+             " bytes in phase " + std::to_string(barrier.phase);
+      if (barrier.bytes < 0)
+        all += ", to which " + std::to_string(-barrier.bytes) + " bytes too many came";
     }
     if (warps_[i / kLanes].wanted)
       all += " for " + std::to_string(warps_[i / kLanes].wanted) + " registers a thread, and " +
@@ -439,9 +472,9 @@ void Block::fail_shared(Fault fault, const char* function, bool writes, uint32_t
                   static_cast<long long>(index_ - rank_ + cluster_->rank_of(agent)));
   if (fault == Fault::not_fenced)
     fail("not fenced", thread,
-         "%s at %s:%d reads byte offset %u of shared memory, which thread %d%s wrote at %s:%d, "
+         "%s at %s:%d %s byte offset %u of shared memory, which thread %d%s wrote at %s:%d, "
          "with no fence_async of that thread between them",
-         function, place.file, place.line, offset, thread_of(other), of_block, there.file,
+         function, place.file, place.line, does, offset, thread_of(other), of_block, there.file,
          there.line);
   fail("race", thread,
        "%s at %s:%d %s byte offset %u of shared memory%s, which thread %d%s %s at %s:%d, with no "
@@ -487,6 +520,15 @@ Block& Block::other_block(const char* function, int rank, Place place) {
     fail("no such block", thread_, "%s at %s:%d names block %d of a cluster of %d", function,
          place.file, place.line, rank, cluster_->size());
   Block& other = cluster_->block(rank);
+  if (&other != this) {
+    const uint32_t* const seen = cluster_->clocks().seen(thread_states_[thread_].clock);
+    const uint32_t* const its = seen + cluster_->agent_of(rank, 0);
+    if (std::all_of(its, its + threads_, [](uint32_t time) { return time == 0; }))
+      fail(
+          "not begun", thread_,
+          "%s at %s:%d touches the shared memory of block %lld, and nothing says that it has begun",
+          function, place.file, place.line, static_cast<long long>(other.index_));
+  }
   if (other.ended_ == other.threads_)
     fail("ended too early", thread_,
          "%s at %s:%d touches the shared memory of block %lld, which has ended", function,
@@ -552,7 +594,7 @@ void Block::copy_async(uint32_t to, const void* from, bool valid, Place place) {
   counters_.async_bytes += 16;
   const Asker asker = this->asker(thread_, place);
   for (int i = 0; i < 16; i += 4)
-    if (const Fault fault = shared_.begin_copy(to + i, asker); fault != Fault::none)
+    if (const Fault fault = shared_.begin_copy(to + i, asker, true); fault != Fault::none)
       fail_shared(fault, "copy_async", true, to + i, thread_, place, *this);
   std::memset(shared_.at(to), 0xff, 16);
   Thread& thread = thread_states_[thread_];

@@ -70,13 +70,14 @@ class Block {
   void wait_copies(int pending);
 
   void init_barrier(uint32_t barrier, int arrivals, Place);
-  void fence_barriers() { fence_async(); }
+  void fence_barriers();
   void arrive(uint32_t barrier, int rank, int bytes, const char* function, Place);
   void wait_barrier(uint32_t barrier, int parity, Place);
 
   void fence_async();
   void load_tile(uint32_t to, const TensorMap&, uint32_t barrier, const int (&at)[4], Place);
-  void load_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint32_t ranks, Place);
+  void load_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint32_t ranks,
+                 const char* function, Place);
   void store_tile(const TensorMap&, uint32_t from, const int (&at)[4], Place);
   void commit_stores();
   void wait_stores(int pending);
@@ -115,7 +116,7 @@ class Block {
     uint32_t group;
   };
   struct Store {
-    const TensorMap* map;
+    TensorMap map;
     uint32_t from;
     int at[4];
     Stamp by;
@@ -142,6 +143,7 @@ class Block {
   struct Sums {
     float* d[kLanes];
     int n, open;
+    uint32_t begins;            // of the warp, when its last product was over
     std::vector<float> values;  // (16, n)
   };
   struct Pending {
@@ -162,13 +164,15 @@ class Block {
     Place place;
     void* arguments[kLanes];
     // Its products.
-    bool products_begun;
+    bool products_begun;      // since all of them were over
+    uint32_t begins;          // so many times
     uint32_t product_groups;  // closed
     size_t products;          // issued
     std::vector<Pending> pending;
     std::vector<Sums> sums;
-    int registers;  // of a thread
-    int wanted;     // and how many it waits for; 0: it does not
+    int registers;   // of a thread
+    size_t changes;  // of these, so many
+    int wanted;      // and how many it waits for; 0: it does not
   };
   struct SomeBarrier {
     int arrived = 0, threads = 0;
@@ -184,16 +188,25 @@ class Block {
     uint32_t phase;  // how many are over
     uint32_t made_by, made_at;
     Clocks::Gathered gathered;
-    int clock;  // of the phases that are over
+    int clock;    // of the phases that are over
+    bool fenced;  // by fence_barriers, at made_at
+    // The last copy that it counted, and in which phase; 0: none.
+    uint32_t brought_in, brought_to;
+    Stamp brought_by;
     std::vector<int> waiting;
   };
   struct Issued {  // a product of a warpgroup, as its first warp wanted it
     uint64_t a, b;
-    int n, warps;
-    bool in_registers;
+    int n;
+    bool in_registers, accumulate;
     Place place;
   };
 
+  struct Change {  // of a warpgroup's registers, as its first warp wanted it
+    int registers;
+    bool raise;
+    Place place;
+  };
   struct Remote {  // the last access of another block's thread to this one's shared memory
     uint32_t agent, time;
     Stamp by;
@@ -203,6 +216,7 @@ class Block {
   static void thread_main();
   void end_thread();
   void check_nobody_comes();
+  void check_warpgroups();
   void note_remote(const Asker&, const char* function);
 
   // Whoever waits for whatever: wait() returns after another thread's wake().
@@ -264,7 +278,8 @@ class Block {
   SomeBarrier some_[16];
   std::vector<BarrierState> barriers_;
   std::vector<Remote> remote_;
-  std::vector<std::vector<Issued>> issued_;  // by warpgroup
+  std::vector<std::vector<Issued>> issued_;   // by warpgroup
+  std::vector<std::vector<Change>> changes_;  // likewise
   int free_registers_ = 0;
   uint64_t random_ = 0;  // 0: in order
 

@@ -72,14 +72,17 @@ class Clocks {
   // What several agents bring to one place. Belongs to that place, so that it costs nothing to
   // add to it what it has already.
   struct Gathered {
-    std::vector<uint32_t> values;
-    uint64_t latest[4] = {};  // clocks added last
-    int next = 0;
+    std::vector<uint32_t> values;  // of nobody while `next` is 0
+    uint64_t latest[4] = {};       // clocks added last
+    uint32_t next = 0;
   };
   void add(Gathered& to, int clock, int agent, uint32_t time, uint32_t fenced) {
-    if (to.values.empty()) to.values.assign(2 * agents_, 0u);
     const uint64_t serial = serials_[clock];
-    if (std::find(to.latest, to.latest + 4, serial) == to.latest + 4) {
+    if (!to.next) {
+      to.values.assign(data(clock), data(clock) + 2 * agents_);
+      std::fill_n(to.latest, 4, uint64_t{0});
+      to.latest[to.next++] = serial;
+    } else if (std::find(to.latest, to.latest + 4, serial) == to.latest + 4) {
       const uint32_t* from = data(clock);
       for (int i = 0; i < 2 * agents_; ++i) to.values[i] = std::max(to.values[i], from[i]);
       to.latest[to.next++ % 4] = serial;
@@ -89,10 +92,10 @@ class Clocks {
   }
   // The clock of all that was gathered, to be given back; nothing is gathered then.
   int take(Gathered& from) {
-    if (from.values.empty()) return kNothing;
+    if (!from.next) return kNothing;
     const int result = create();
     std::copy(from.values.begin(), from.values.end(), data(result));
-    from = Gathered{};
+    from.next = 0;
     return result;
   }
 

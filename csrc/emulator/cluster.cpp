@@ -83,8 +83,8 @@ Block* Cluster::choose(Block& from, int& thread) {
 void Cluster::deliver(size_t number) {
   const Copy copy = copies_[number];
   copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(number));
-  blocks_[copy.rank]->deliver(copy.to, copy.from, copy.map, copy.at, copy.bytes, copy.barrier,
-                              copy.by);
+  blocks_[copy.rank]->deliver(copy.to, copy.from, copy.from ? nullptr : &copy.map, copy.at,
+                              copy.bytes, copy.barrier, copy.by);
 }
 
 }  // namespace hgfast::cuda::emulator

@@ -53,9 +53,9 @@ class Cluster {
   struct Copy {
     int rank;
     uint32_t to, barrier;
-    const char* from;  // so many bytes; or the box of a map
+    const char* from;  // so many bytes; null: the box of a map
     uint32_t bytes;
-    const TensorMap* map;
+    TensorMap map;  // itself: the thread whose parameters have it may end before
     int at[4];
     Stamp by;
   };

@@ -22,7 +22,8 @@ void wait_barrier(Barrier, int parity, Place);
 void sync_some(int number, int threads, Place);
 void fence_async();
 void load_tile(Shared to, const TensorMap&, Barrier, const int (&at)[4], Place);
-void load_bulk(Shared to, const void* from, int bytes, Barrier, uint32_t ranks, Place);
+void load_bulk(Shared to, const void* from, int bytes, Barrier, uint32_t ranks,
+               const char* function, Place);
 void store_tile(const TensorMap&, Shared from, const int (&at)[4], Place);
 void commit_stores();
 void wait_stores(int pending);
@@ -68,11 +69,11 @@ inline void load_tile(Shared to, const TensorMap& map, Barrier barrier, int chan
 }
 inline void load_bulk(Shared to, const void* from, int bytes, Barrier barrier,
                       emulator::Place place = emulator::here()) {
-  emulator::load_bulk(to, from, bytes, barrier, 0, place);
+  emulator::load_bulk(to, from, bytes, barrier, 1u << emulator::cluster_rank(), "load_bulk", place);
 }
 inline void load_bulk_multicast(Shared to, const void* from, int bytes, Barrier barrier,
                                 uint32_t ranks, emulator::Place place = emulator::here()) {
-  emulator::load_bulk(to, from, bytes, barrier, ranks, place);
+  emulator::load_bulk(to, from, bytes, barrier, ranks, "load_bulk_multicast", place);
 }
 inline void store_tile(const TensorMap& map, Shared from, int channel, int x, int y, int image,
                        emulator::Place place = emulator::here()) {
@@ -84,8 +85,14 @@ void wait_stores() {
   emulator::wait_stores(pending);
 }
 
+namespace emulator {
+// Set in an operand that cannot be written down. No bit that hopper.cuh sets.
+constexpr uint64_t kMisaligned = uint64_t{1} << 63;
+}  // namespace emulator
 constexpr uint64_t operand(Shared start, int columns, int rows) {
-  return static_cast<uint64_t>((start & 0x3ffff) >> 4) |
+  const auto all = static_cast<uint32_t>(start | columns | rows);
+  return (all % 16 || all >> 18 ? emulator::kMisaligned : 0) |
+         static_cast<uint64_t>((start & 0x3ffff) >> 4) |
          static_cast<uint64_t>((columns & 0x3ffff) >> 4) << 16 |
          static_cast<uint64_t>((rows & 0x3ffff) >> 4) << 32;
 }

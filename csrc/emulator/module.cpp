@@ -2,8 +2,10 @@
 // kernels. Where csrc/cuda_ops.cpp is part of it, importing it also gives the ops to the CPU.
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_python.h"
@@ -14,6 +16,9 @@ namespace {
 
 namespace py = pybind11;
 namespace emulator = hgfast::cuda::emulator;
+
+// The number of its array among inputs and outputs; the numbers of a TileShape, in their order.
+using Map = std::pair<size_t, std::array<int64_t, 8>>;
 
 py::dict counters() {
   const emulator::Counters& c = emulator::last_counters();
@@ -61,11 +66,13 @@ py::buffer_info contents(const py::buffer& buffer, bool writable) {
 
 void run(const std::string& name, const std::vector<py::buffer>& inputs,
          const std::vector<py::buffer>& outputs, const std::vector<int64_t>& values, int64_t blocks,
-         int threads, int shared_bytes) {
+         int threads, int shared_bytes, int cluster, int registers, bool programmatic,
+         const std::vector<size_t>& constants, const std::vector<Map>& maps) {
   const auto found = emulator::probes().find(name);
   if (found == emulator::probes().end()) throw py::key_error(name);
   constexpr size_t kMost = emulator::ProbeParams::kMost;
-  if (inputs.size() > kMost || outputs.size() > kMost || values.size() > kMost)
+  if (inputs.size() > kMost || outputs.size() > kMost || values.size() > kMost ||
+      maps.size() > kMost)
     throw py::value_error("at most four of each");
   std::vector<py::buffer_info> infos;  // keep the arrays where they are
   emulator::ProbeParams params{};
@@ -80,11 +87,30 @@ void run(const std::string& name, const std::vector<py::buffer>& inputs,
     params.output_bytes[i] = infos.back().size * infos.back().itemsize;
   }
   for (size_t i = 0; i < values.size(); ++i) params.value[i] = values[i];
+  for (const size_t i : constants) {
+    if (i >= inputs.size()) throw py::index_error("constants: no such input");
+    params.input_constant[i] = true;
+  }
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const auto& [array, s] = maps[i];
+    if (array >= inputs.size() + outputs.size()) throw py::index_error("maps: no such array");
+    const hgfast::cuda::TileShape shape{s[0],
+                                        s[1],
+                                        s[2],
+                                        static_cast<int>(s[3]),
+                                        static_cast<int>(s[4]),
+                                        static_cast<int>(s[5]),
+                                        static_cast<int>(s[6]),
+                                        static_cast<hgfast::cuda::Swizzle>(s[7])};
+    if (hgfast::cuda::make_tensor_map(params.map[i], infos[array].ptr, shape, true) != cudaSuccess)
+      throw py::value_error("maps: the copy engine takes no such map");
+  }
   cudaError_t error;
   {
     py::gil_scoped_release release;
-    error =
-        found->second(found->first.c_str(), {blocks, threads, shared_bytes, shared_bytes}, params);
+    error = found->second(
+        found->first.c_str(),
+        {blocks, threads, shared_bytes, shared_bytes, cluster, registers, programmatic}, params);
   }
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
@@ -121,8 +147,14 @@ PYBIND11_MODULE(hgfast_emulator, m) {
     for (const auto& probe : emulator::probes()) names.push_back(probe.first);
     return names;
   });
-  m.def("run", &run, arg("name"), arg("inputs") = std::vector<py::buffer>(),
-        arg("outputs") = std::vector<py::buffer>(), arg("values") = std::vector<int64_t>(),
-        arg("blocks") = 1, arg("threads") = 32, arg("shared_bytes") = 0,
-        "Run a probe kernel on contiguous arrays. RuntimeError: the report of its mistake.");
+  m.def(
+      "run", &run, arg("name"), arg("inputs") = std::vector<py::buffer>(),
+      arg("outputs") = std::vector<py::buffer>(), arg("values") = std::vector<int64_t>(),
+      arg("blocks") = 1, arg("threads") = 32, arg("shared_bytes") = 0, arg("cluster") = 1,
+      arg("registers") = 0, arg("programmatic") = false, arg("constants") = std::vector<size_t>(),
+      arg("maps") = std::vector<Map>(),
+      "Run a probe kernel on contiguous arrays. `constants`: numbers of inputs that no kernel\n"
+      "before writes. `maps`: for each map the number of its array, inputs first, and (batch,\n"
+      "height, width, channels, box_channels, box_width, box_height, swizzle). RuntimeError: the\n"
+      "report of its mistake.");
 }

@@ -63,7 +63,9 @@ const char* Block::warpgroup_only(const char* function, Place place) {
 void Block::begin_products(Place place) {
   collective(warpgroup_only("begin_products", place), place, nullptr,
              [](Block& block, Place, void* const(&)[kLanes]) {
-               block.warps_[block.thread_ / kLanes].products_begun = true;
+               Warp& warp = block.warps_[block.thread_ / kLanes];
+               warp.products_begun = true;
+               ++warp.begins;
              });
 }
 
@@ -92,6 +94,11 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
   const int number = thread_ / kLanes, first = number * kLanes;
   Warp& warp = warps_[number];
   const Product& mine = *lanes[0];
+  if ((mine.b | (mine.a ? 0 : mine.a_operand)) & kMisaligned)
+    fail("misaligned", first,
+         "add_product at %s:%d: an operand whose start or distances are no multiples of 16, or lie "
+         "beyond 256 KiB",
+         place.file, place.line);
   for (int lane = 1; lane < kLanes; ++lane) {
     const Product& other = *lanes[lane];
     if (other.a_operand != mine.a_operand || other.b != mine.b || other.n != mine.n ||
@@ -103,10 +110,10 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
   // The four warps want the same.
   auto& issued = issued_[number / 4];
   if (warp.products == issued.size())
-    issued.push_back({mine.a_operand, mine.b, mine.n, 0, mine.a != nullptr, place});
+    issued.push_back({mine.a_operand, mine.b, mine.n, mine.a != nullptr, mine.accumulate, place});
   Issued& same_one = issued[warp.products++];
   if (same_one.a != mine.a_operand || same_one.b != mine.b || same_one.n != mine.n ||
-      same_one.in_registers != (mine.a != nullptr))
+      same_one.in_registers != (mine.a != nullptr) || same_one.accumulate != mine.accumulate)
     fail(
         "divergent products", first,
         "add_product at %s:%d: its operands differ from those of another warp of its warpgroup, at "
@@ -114,24 +121,17 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
         place.file, place.line, same_one.place.file, same_one.place.line);
 
   // Sums: from now on in the model's hands, and NaN in the kernel's.
-  int sums = -1;
-  for (size_t i = 0; i < warp.sums.size(); ++i)
-    if (warp.sums[i].open && warp.sums[i].d[0] == mine.d) sums = static_cast<int>(i);
-  if (sums < 0) {
-    if (!warp.products_begun)
+  size_t sums = 0;
+  while (sums < warp.sums.size() && warp.sums[sums].d[0] != mine.d) ++sums;
+  const bool known = sums < warp.sums.size();
+  if (!known) warp.sums.emplace_back();
+  if (Sums& fresh = warp.sums[sums]; !fresh.open) {
+    if (!warp.products_begun || (known && fresh.begins == warp.begins))
       fail("products not begun", first,
            "add_product at %s:%d adds to sums that threads may have touched, with no "
            "begin_products() since",
            place.file, place.line);
-    for (size_t i = 0; i < warp.sums.size() && sums < 0; ++i)
-      if (!warp.sums[i].open) sums = static_cast<int>(i);
-    if (sums < 0) {
-      sums = static_cast<int>(warp.sums.size());
-      warp.sums.emplace_back();
-    }
-    Sums& fresh = warp.sums[sums];
     fresh.n = mine.n;
-    fresh.open = 0;
     fresh.values.resize(size_t{kRows} * static_cast<size_t>(mine.n));
     for (int lane = 0; lane < kLanes; ++lane) {
       float* const d = fresh.d[lane] = lanes[lane]->d;
@@ -166,16 +166,9 @@ void Block::add_product(const Product* const (&lanes)[kLanes], Multiply multiply
   if (!mine.a) read(mine.a_operand, number % 4 * 2, 2);
   read(mine.b, 0, mine.n / 8);
 
-  Pending pending{sums,
-                  mine.n,
-                  mine.a != nullptr,
-                  {},
-                  mine.a_operand,
-                  mine.b,
-                  mine.accumulate,
-                  multiply,
-                  warp.product_groups,
-                  place};
+  Pending pending{static_cast<int>(sums), mine.n, mine.a != nullptr, {},
+                  mine.a_operand,         mine.b, mine.accumulate,   multiply,
+                  warp.product_groups,    place};
   if (mine.a)
     for (int lane = 0; lane < kLanes; ++lane)
       std::memcpy(pending.a[lane], lanes[lane]->a, sizeof pending.a[lane]);
@@ -210,6 +203,7 @@ void Block::run_product(Warp& warp, int number, Pending& product) {
   if (!product.accumulate) std::fill(sums.values.begin(), sums.values.end(), 0.0f);
   product.multiply(sums.values.data(), product.n, a, b);
   if (--sums.open) return;
+  sums.begins = warp.begins;
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < sums.n / 2; ++i) {
       const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;

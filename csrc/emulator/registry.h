@@ -5,6 +5,7 @@
 #include <map>
 #include <string>
 
+#include "../cuda/hopper.cuh"
 #include "../cuda/launch.cuh"
 
 namespace hgfast::cuda::emulator {
@@ -13,14 +14,17 @@ struct ProbeParams {
   static constexpr int kMost = 4;
   const char* input[kMost];
   int64_t input_bytes[kMost];
+  bool input_constant[kMost];  // no kernel before can have written it
   char* output[kMost];
   int64_t output_bytes[kMost];
   int64_t value[kMost];
+  TensorMap map[kMost];  // of any of the arrays
 };
 
 template <class Visit>
 void visit_arrays(const ProbeParams& p, Visit&& visit) {
-  for (int i = 0; i < ProbeParams::kMost; ++i) visit(p.input[i], p.input_bytes[i], false);
+  for (int i = 0; i < ProbeParams::kMost; ++i)
+    visit(p.input[i], p.input_bytes[i], false, p.input_constant[i]);
   for (int i = 0; i < ProbeParams::kMost; ++i) visit(p.output[i], p.output_bytes[i], true);
 }
 

@@ -16,7 +16,7 @@ enum class Fault : uint8_t {
   in_flight,      // touched while a copy to it has not been waited for
   after_read,     // written, with nothing that orders it after another agent's read
   after_write,    // read or written, with nothing that orders it after another agent's write
-  not_fenced,     // read by the asynchronous proxy, with no fence since a thread wrote it
+  not_fenced,     // touched by the asynchronous proxy, with no fence since a thread wrote it
   barrier,        // a barrier lies there
 };
 
@@ -52,7 +52,7 @@ class SharedMemory {
   Fault write(uint32_t address, const Asker&);
   // A copy to it is under way; it arrives as a write by that agent at that time. `generic`: as the
   // threads' own writes, which the asynchronous proxy sees behind a fence.
-  Fault begin_copy(uint32_t address, const Asker&);
+  Fault begin_copy(uint32_t address, const Asker&, bool generic);
   void end_copy(uint32_t address, uint32_t agent, uint32_t time, Stamp by, bool generic);
   // A read by the asynchronous proxy, which is over at time `time` of the agents whose bits, from
   // `agent` on, are set. All of `askers` must know the last write.
@@ -107,7 +107,7 @@ class SharedMemory {
       return found(Fault::in_flight, word.written_agent, word.written_by);
     return Fault::none;
   }
-  void note(Word&, const Asker&, const Reader&);
+  void note(Word&, const Asker* askers, int count, const Reader&);
 
   std::vector<char> memory_;
   std::vector<Word> words_;
@@ -118,19 +118,21 @@ class SharedMemory {
   uint32_t other_agent_ = 0;
 };
 
-// An earlier read that this one knows of needs no record any more: who knows this one knows it too.
-inline void SharedMemory::note(Word& word, const Asker& asker, const Reader& reader) {
-  for (int i = 0; i < word.readers; ++i) {
-    Reader& old = word.reader[i];
+// An earlier read that all who ask know of needs no record any more: who knows this one knows it
+// too.
+inline void SharedMemory::note(Word& word, const Asker* askers, int count, const Reader& reader) {
+  const auto stands_for = [&](Reader& old) {
     if (old.agent == reader.agent && old.time == reader.time) {
       old.bits |= reader.bits;
-      return;
+      return true;
     }
-    if (knows(asker, old)) {
-      old = reader;
-      return;
-    }
-  }
+    for (int i = 0; i < count; ++i)
+      if (!knows(askers[i], old)) return false;
+    old = reader;
+    return true;
+  };
+  for (int i = 0; i < word.readers; ++i)
+    if (stands_for(word.reader[i])) return;
   if (word.readers < kReaders) {
     word.reader[word.readers++] = reader;
     return;
@@ -139,16 +141,8 @@ inline void SharedMemory::note(Word& word, const Asker& asker, const Reader& rea
     word.more = static_cast<int>(more_.size());
     more_.emplace_back();
   }
-  for (Reader& old : more_[word.more]) {
-    if (old.agent == reader.agent && old.time == reader.time) {
-      old.bits |= reader.bits;
-      return;
-    }
-    if (knows(asker, old)) {
-      old = reader;
-      return;
-    }
-  }
+  for (Reader& old : more_[word.more])
+    if (stands_for(old)) return;
   more_[word.more].push_back(reader);
 }
 
@@ -157,7 +151,7 @@ inline Fault SharedMemory::read(uint32_t address, const Asker& asker) {
   if (const Fault fault = check_state(word, true); fault != Fault::none) return fault;
   if (!asker.knows(word.written_agent, word.written_time))
     return found(Fault::after_write, word.written_agent, word.written_by);
-  note(word, asker, {asker.agent, asker.time, asker.by, 1});
+  note(word, &asker, 1, {asker.agent, asker.time, asker.by, 1});
   return Fault::none;
 }
 
@@ -171,7 +165,7 @@ inline Fault SharedMemory::read_async(uint32_t address, const Asker* askers, int
     if (word.generic && !askers[i].knows_fenced(word.written_agent, word.written_time))
       return found(Fault::not_fenced, word.written_agent, word.written_by);
   }
-  note(word, askers[0], {reader.agent, reader.time, reader.by, reader.bits});
+  note(word, askers, count, {reader.agent, reader.time, reader.by, reader.bits});
   return Fault::none;
 }
 
@@ -202,10 +196,16 @@ inline Fault SharedMemory::write(uint32_t address, const Asker& asker) {
   return Fault::none;
 }
 
-inline Fault SharedMemory::begin_copy(uint32_t address, const Asker& asker) {
-  const Fault fault = write(address, asker);
-  if (fault == Fault::none) word(address).state = State::in_flight;
-  return fault;
+inline Fault SharedMemory::begin_copy(uint32_t address, const Asker& asker, bool generic) {
+  Word& word = this->word(address);
+  const uint32_t agent = word.written_agent;
+  const Stamp by = word.written_by;
+  const bool fenced = generic || word.generation != generation_ || !word.generic ||
+                      asker.knows_fenced(agent, word.written_time);
+  if (const Fault fault = write(address, asker); fault != Fault::none) return fault;
+  if (!fenced) return found(Fault::not_fenced, agent, by);
+  word.state = State::in_flight;
+  return Fault::none;
 }
 
 inline void SharedMemory::end_copy(uint32_t address, uint32_t agent, uint32_t time, Stamp by,

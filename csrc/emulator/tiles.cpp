@@ -33,7 +33,7 @@ cudaError_t make_tensor_map(TensorMap& map, const void* address, const TileShape
                     shape.box_channels >= 8 && row % 16 == 0 && shape.box_channels <= 256 &&
                     shape.box_width >= 1 && shape.box_width <= 256 && shape.box_height >= 1 &&
                     shape.box_height <= 256 &&
-                    (shape.swizzle == Swizzle::none || row <= row_of(shape.swizzle)) &&
+                    (shape.swizzle == Swizzle::none || row == row_of(shape.swizzle)) &&
                     std::max({shape.width, shape.height, shape.batch}) <= int64_t{1} << 32;
   if (!good) return cudaErrorInvalidValue;
   map = {static_cast<const char*>(address), shape};
@@ -103,18 +103,18 @@ void Block::load_tile(uint32_t to, const TensorMap& map, uint32_t barrier, const
     if (cache_) cache_->read(from, 16);
   });
   for (uint32_t i = 0; i < bytes; i += 4)
-    if (const Fault fault = shared_.begin_copy(to + i, asker); fault != Fault::none)
+    if (const Fault fault = shared_.begin_copy(to + i, asker, false); fault != Fault::none)
       fail_shared(fault, "load_tile", true, to + i, thread_, place, *this);
   std::memset(shared_.at(to), 0xff, bytes);
   counters_.tile_bytes += bytes;
   cluster_->begin_copy(
-      {rank_, to, barrier, nullptr, bytes, &map, {at[0], at[1], at[2], at[3]}, asker.by});
+      {rank_, to, barrier, nullptr, bytes, map, {at[0], at[1], at[2], at[3]}, asker.by});
 }
 
-// ranks 0: into this block alone.
 void Block::load_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint32_t ranks,
-                      Place place) {
-  const char* const function = ranks ? "load_bulk_multicast" : "load_bulk";
+                      const char* function, Place place) {
+  if (!ranks)
+    fail("no such block", thread_, "%s at %s:%d: for nobody", function, place.file, place.line);
   if (bytes <= 0 || bytes % 16)
     fail("misaligned", thread_, "%s at %s:%d: %d bytes, no multiple of 16", function, place.file,
          place.line, bytes);
@@ -125,16 +125,16 @@ void Block::load_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
   if (cache_) cache_->read(from, count);
   const Asker asker = this->asker(thread_, place);
   for (int rank = 0; rank < 32; ++rank) {
-    if (ranks ? !(ranks >> rank & 1) : rank != rank_) continue;
+    if (!(ranks >> rank & 1)) continue;
     Block& other = other_block(function, rank, place);
     (void)barrier_at(other, function, barrier, place);
     for (uint32_t i = 0; i < count; i += 4)
-      if (const Fault fault = other.shared_.begin_copy(to + i, asker); fault != Fault::none)
+      if (const Fault fault = other.shared_.begin_copy(to + i, asker, false); fault != Fault::none)
         fail_shared(fault, function, true, to + i, thread_, place, other);
     std::memset(other.shared_.at(to), 0xff, count);
     other.counters_.bulk_bytes += count;
     cluster_->begin_copy(
-        {rank, to, barrier, static_cast<const char*>(from), count, nullptr, {}, asker.by});
+        {rank, to, barrier, static_cast<const char*>(from), count, {}, {}, asker.by});
   }
 }
 
@@ -157,6 +157,9 @@ void Block::deliver(uint32_t to, const char* bytes, const TensorMap* map, const 
   for (uint32_t i = 0; i < count; i += 4)
     shared_.end_copy(to + i, barrier->agent, barrier->phase + 1, by, false);
   barrier->bytes -= count;
+  barrier->brought_in = barrier->phase + 1;
+  barrier->brought_to = to;
+  barrier->brought_by = by;
   complete_if_over(*barrier);
 }
 
@@ -177,8 +180,7 @@ void Block::store_tile(const TensorMap& map, uint32_t from, const int (&at)[4], 
   visit_box(map, at, [&](uint32_t, const char* to) {
     if (to) check_global("store_tile", to, 16, true, 16, place);
   });
-  thread.stores.push_back(
-      {&map, from, {at[0], at[1], at[2], at[3]}, asker.by, thread.store_groups});
+  thread.stores.push_back({map, from, {at[0], at[1], at[2], at[3]}, asker.by, thread.store_groups});
 }
 
 void Block::commit_stores() { ++thread_states_[thread_].store_groups; }
@@ -197,9 +199,9 @@ void Block::wait_stores(int pending) {
 }
 
 void Block::deliver(const Store& store) {
-  visit_box(*store.map, store.at, [&](uint32_t offset, const char* to) {
+  visit_box(store.map, store.at, [&](uint32_t offset, const char* to) {
     if (!to) return;
-    const char* const piece = shared_.at(swizzled(store.from + offset, store.map->shape.swizzle));
+    const char* const piece = shared_.at(swizzled(store.from + offset, store.map.shape.swizzle));
     write_global("store_tile", const_cast<char*>(to), piece, 16, store.by);
     counters_.stored_tile_bytes += 16;
   });
@@ -218,8 +220,8 @@ void load_tile(Shared to, const TensorMap& map, Barrier barrier, const int (&at)
   Block::current().load_tile(to, map, barrier, at, place);
 }
 void load_bulk(Shared to, const void* from, int bytes, Barrier barrier, uint32_t ranks,
-               Place place) {
-  Block::current().load_bulk(to, from, bytes, barrier, ranks, place);
+               const char* function, Place place) {
+  Block::current().load_bulk(to, from, bytes, barrier, ranks, function, place);
 }
 void store_tile(const TensorMap& map, Shared from, const int (&at)[4], Place place) {
   Block::current().store_tile(map, from, at, place);

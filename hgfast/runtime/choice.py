@@ -16,6 +16,7 @@ class Executor(Protocol):
 
     asynchronous: bool  # whether a run is over before its work is, so that a CUDA graph records it
     backend: str  # "cpu avx2 float32", "cuda bfloat16": what runs it, the dtype of activations last
+    features: frozenset[str]  # of evidence.FEATURES, those that a run uses
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.

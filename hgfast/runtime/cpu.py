@@ -63,6 +63,7 @@ class CpuExecutor:
     """
 
     asynchronous = False
+    features: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -139,6 +139,7 @@ class CudaExecutor:
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
     asynchronous = True
+    features: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -197,8 +198,7 @@ class CudaExecutor:
         dtype, layout = inputs[0].dtype, torch.channels_last
         if inputs[0].is_contiguous():
             layout = torch.contiguous_format
-        if self._kernels.device.type == "cuda":
-            self._tell_the_allocator()
+        self.use_stream()
         values: Values = {}
         with torch.no_grad():
             for number, x in zip(self._plan.inputs, inputs, strict=True):
@@ -216,8 +216,13 @@ class CudaExecutor:
     def _obstacle(self, step: Step) -> str | None:
         return self._kernels.obstacle(step, self._channels.get(step.output))
 
-    def _tell_the_allocator(self) -> None:
-        """That this stream reads the packed weights: once they are dropped, their memory waits."""
+    def use_stream(self) -> None:
+        """The current stream reads the packed weights: once they are dropped, their memory waits.
+
+        A graph that was captured from a run needs this for each stream that it is replayed on.
+        """
+        if self._kernels.device.type != "cuda":
+            return
         stream = torch.cuda.current_stream(self._kernels.device)
         if stream.cuda_stream not in self._streams and not torch.cuda.is_current_stream_capturing():
             for tensor in self._weights:

@@ -1,27 +1,10 @@
 // Kernels with one mistake each, and the same without it, for tests/test_emulator.py. HERE marks
-// the line where the report must find it, THERE the earlier one of two that collide. value[0] is
-// the number of threads of a block; arrays are of 32-bit words.
-#include "cuda/device.cuh"
-#include "emulator/registry.h"
+// the line where the report must find it, THERE the earlier one of two that collide, BRANCH both of
+// two of which either may be first.
+#include "planted.h"
 
 namespace hgfast::cuda {
 namespace {
-
-using emulator::launch_probe;
-using emulator::Probe;
-using emulator::ProbeParams;
-
-HGFAST_DEVICE const void* word(const char* array, int64_t index) { return array + 4 * index; }
-HGFAST_DEVICE void* word(char* array, int64_t index) { return array + 4 * index; }
-HGFAST_DEVICE Shared shared_word(int index) { return shared_memory() + 4 * index; }
-
-// The word of this thread, of all blocks.
-HGFAST_DEVICE uint32_t mine(const ProbeParams& p) {
-  return load_global<uint32_t>(word(p.input[0], block_index() * p.value[0] + thread_index()));
-}
-HGFAST_DEVICE void put(const ProbeParams& p, uint32_t value) {
-  store_global(word(p.output[0], block_index() * p.value[0] + thread_index()), value);
-}
 
 // The second warp reads what the first one wrote.
 template <bool right>
@@ -283,8 +266,6 @@ __global__ void in_flight_at_exit(const __grid_constant__ ProbeParams p) {
   if constexpr (right) wait_copies<0>();
 }
 
-#define HGFAST_PLANTED(name) \
-  {#name, launch_probe<name<false>>}, { #name "_mended", launch_probe<name<true>> }
 const Probe probes[] = {
     HGFAST_PLANTED(read_after_write),     HGFAST_PLANTED(write_after_read),
     HGFAST_PLANTED(write_after_write),    HGFAST_PLANTED(missing_sync_warp),
@@ -300,7 +281,6 @@ const Probe probes[] = {
     HGFAST_PLANTED(shuffle_without_all),  HGFAST_PLANTED(divergent_warp),
     HGFAST_PLANTED(in_flight_at_exit),
 };
-#undef HGFAST_PLANTED
 
 }  // namespace
 }  // namespace hgfast::cuda
