@@ -295,6 +295,18 @@ def test_a_head_gives_the_same_bits_in_any_order_of_threads(dtype: torch.dtype) 
             assert torch.equal(ours, theirs)
 
 
+def test_heatmaps_belong_to_the_caller() -> None:
+    """Their memory ends with a multiple of 16 bytes, and they are no view of it."""
+    y = random_map(1, 32, 3, 3, dtype=torch.bfloat16)
+    heatmaps, _ = run_head(y, None, head_weights(32, 32, 5, 0))
+    assert heatmaps is not None
+    assert not heatmaps._is_view()
+    assert heatmaps.untyped_storage().nbytes() == -(-9 * 5 * 2 // 16) * 16
+    assert (
+        heatmaps.stride() == torch.empty(1, 5, 3, 3).to(memory_format=torch.channels_last).stride()
+    )
+
+
 def test_what_is_not_wanted_is_not_computed() -> None:
     """Products and bytes written, with both results and with one of them."""
     y, x = (random_map(1, 64, 16, 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
