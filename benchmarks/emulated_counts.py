@@ -153,6 +153,64 @@ def accounted(counted: dict[str, Any], flops_of_formula: int) -> dict[str, Any]:
     }
 
 
+def count_latency(size: int, batch: int = 1) -> dict[str, Any]:
+    """One launch of the kernel over clusters, 256/128/256."""
+    w = bottleneck_weights(*HOURGLASS)
+    block = emulator.CudaLatencyBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
+    x = random_map(batch, 256, size, size, dtype=torch.bfloat16, layout="channels_last")
+    emulator.model_memory(True)
+    block.run(x)
+    emulator.model_memory(False)
+    counted = emulator.counters()
+    blocks = counted["blocks"]
+    weights = sum(w[name].numel() for name in ("w1", "w2", "w3"))
+    vectors = 4 * (sum(w[name].numel() for name in ("b1", "b2", "b3")) + 2 * blocks * 256)
+    tiles = batch * (-(-size // 8)) ** 2
+    return {
+        "case": f"{size}x{size} x {batch}",
+        "kernel": counted["name"],
+        "blocks": blocks,
+        "cluster": blocks // tiles,
+        "flops": counted["flops"],
+        "flops_of_formula": 2 * batch * size**2 * weights,
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+        "l2_bytes": counted["global_bytes_loaded"],
+        "block_weights": counted["bulk_bytes"] // blocks,  # bytes, with biases, scale and shift
+        "block_l2_bytes": counted["global_bytes_loaded"] // blocks,
+        "block_remote_bytes": counted["remote_bytes"] // blocks,
+        "block_products": counted["multiply_adds"] // blocks,
+        "block_shared_bytes": (
+            counted["shared_bytes_loaded"]
+            + counted["shared_bytes_stored"]
+            + counted["bulk_bytes"]
+            + counted["remote_bytes"]
+            + 512 * counted["load_matrices"]
+        )
+        // blocks,
+        "bank_conflicts": counted["matrix_conflicts"],
+    }
+
+
+def latency_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| map | blocks a tile | blocks | FLOPs / formula | DRAM bytes / minimum | MB out of L2 "
+        "| KB of weights a block | KB out of L2 a block | KB to other blocks | products a block "
+        "| KB of shared memory a block |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case']} | {row['cluster']} | {row['blocks']} "
+            f"| {row['flops'] / row['flops_of_formula']:.2f} "
+            f"| {row['dram_bytes'] / row['minimum_bytes']:.3f} | {row['l2_bytes'] / 1e6:.1f} "
+            f"| {row['block_weights'] / 1e3:.0f} | {row['block_l2_bytes'] / 1e3:.0f} "
+            f"| {row['block_remote_bytes'] / 1e3:.0f} | {row['block_products']} "
+            f"| {row['block_shared_bytes'] / 1e3:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]], first: str = "block") -> str:
     """The rows as docs/performance.md shows them."""
     lines = [
@@ -190,13 +248,21 @@ def main() -> None:
         count_head(64, joints, out, pixels)
         for joints, out, pixels in ((17, 256, 128), (0, 256, 128), (17, 0, 128), (17, 256, 32))
     ]
-    result = {"bottleneck": blocks, "upsample_add": joins, "stem": stems, "head": heads}
+    clusters = [count_latency(size) for size in (64, 32, 16, 8, 4)]
+    result = {
+        "bottleneck": blocks,
+        "upsample_add": joins,
+        "stem": stems,
+        "head": heads,
+        "latency": clusters,
+    }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(
         table(blocks),
         joins_table(joins),
         table(stems, "image"),
         table(heads, "wanted"),
+        latency_table(clusters),
         sep="\n\n",
     )
 

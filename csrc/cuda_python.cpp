@@ -105,6 +105,22 @@ void bind_cuda(pybind11::module_& m) {
   m.def(
       "hopper_bottleneck_variants", [] { return rows(cuda::hopper_bottleneck_variants()); },
       "Every instance of the bottleneck kernel for Hopper, and the shared memory of a block.");
+  py::class_<CudaLatencyBottleneck>(
+      m, "CudaLatencyBottleneck",
+      "A residual block with its weights packed for clusters of blocks on Hopper. Immutable.")
+      .def(py::init(torch::wrap_pybind_function(&make_block<CudaLatencyBottleneck>)),
+           arg("element"), arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"),
+           arg("w3"), arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(),
+           arg("relu") = false)
+      .def("run", torch::wrap_pybind_function_no_gil(&CudaLatencyBottleneck::run), arg("x"),
+           arg("low") = py::none(), arg("pool") = false)
+      .def("tensors", &CudaLatencyBottleneck::tensors)
+      .def_static("obstacle", torch::wrap_pybind_function(&CudaLatencyBottleneck::obstacle),
+                  arg("device"), arg("in"), arg("middle"), arg("out"), arg("project"));
+  m.def(
+      "latency_variants", [] { return rows(cuda::latency_variants()); },
+      "Every instance of the bottleneck kernel over clusters, and the shared memory of a block for "
+      "256, 128 and 256 channels.");
 #endif
 }
 

@@ -4,6 +4,7 @@
 
 #include "cuda_binding.h"
 #include "cuda_hopper.h"
+#include "cuda_latency.h"
 
 namespace hgfast {
 

@@ -374,12 +374,15 @@ def variant_of(kernel: str) -> str | None:
 
     ``bottleneck_kernel<BottleneckConfig<BFloat16, 64, false, 8, 16, 4, 2>>`` is
     ``bottleneck<bfloat16, any, 8x16>``; of a stem's kernel the number is that of channels, of a
-    head's they are the chunk and the pixels of a tile.
+    head's they are the chunk and the pixels of a tile, of one over clusters a block's middle
+    channels.
     """
     if found := re.fullmatch(r"stem_kernel<StemConfig<(\w+), (\d+)>>", kernel):
         return f"stem<{found.group(1).lower()}, {8 * int(found.group(2))}>"
     if found := re.fullmatch(r"head_kernel<HeadConfig<(\w+), (\d+), (\d+), .*>>", kernel):
         return f"head<{found.group(1).lower()}, {found.group(2)}, {found.group(3)}>"
+    if found := re.fullmatch(r"latency_kernel<LatencyConfig<(\w+), (\d+)>>", kernel):
+        return f"latency<{found.group(1).lower()}, {16 * int(found.group(2))}>"
     if found := re.fullmatch(r"hopper_bottleneck_kernel<(\w+)>", kernel):
         return f"hopper_bottleneck<{found.group(1).lower()}>"
     found = re.fullmatch(

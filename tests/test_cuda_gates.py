@@ -48,11 +48,27 @@ MEANT = {
         ("LDSM",),
         ("STSM",),
     ],
+    "latency_kernel": [
+        ("HMMA",),
+        ("UBLKCP",),  # weights, by the copy engine
+        ("SYNCS",),
+        ("UCGABAR_ARV",),  # barriers of the cluster
+        ("UCGABAR_WAIT",),
+        ("ST.E.128",),  # into the other blocks' shared memory
+        ("ACQBULK",),  # the wait for the kernel in front,
+        ("PREEXIT",),  # and leave for the one behind
+        ("LDSM",),
+        ("LDG.E.128",),
+        ("STG.E.128",),
+    ],
 }
 #: And how often, where the number says that nothing was unrolled, kept back or done twice.
 COUNTED = {
     # conv1 on the tile and around it 2 each, conv2 4, conv3 8, its projection 2
     "hopper_bottleneck_kernel": {"HGMMA": 18, "HMMA": 0},
+    # What the kernel in front writes may not come through the cache for constants; and of the waits
+    # only the cluster's three drop the L1 cache.
+    "latency_kernel": {"LDG.CONSTANT": 0, "CCTL.IVALL": 3},
 }
 LOCAL_MEMORY = ("LDL", "STL")
 

@@ -328,6 +328,31 @@ HGFAST_DEVICE void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// ---- More of barriers
+// --------------------------------------------------------------------------------
+
+// As wait_barrier(), where nobody of another block arrives: without dropping what the
+// multiprocessor has of global memory in its L1 cache, as one that waits for other blocks must.
+HGFAST_DEVICE void wait_own_barrier(Barrier barrier, int parity) {
+  asm volatile(
+      "{.reg .pred over;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%0], %1;\n\t"
+      "@!over bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// 16 bytes that the kernel in front may have written after this one began. load_global() is for
+// what nobody writes from the kernel's begin on: its cache need not see what came since.
+HGFAST_DEVICE uint4 load_written(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
+  return value;
+}
+
 }  // namespace hgfast::cuda
 
 #endif  // HGFAST_EMULATE

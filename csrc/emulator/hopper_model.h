@@ -146,4 +146,12 @@ void raise_registers(emulator::Place place = emulator::here()) {
 inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline void let_next_kernel_begin() {}
 
+inline void wait_own_barrier(Barrier barrier, int parity,
+                             emulator::Place place = emulator::here()) {
+  emulator::wait_barrier(barrier, parity, place);
+}
+inline uint4 load_written(const void* address, emulator::Place place = emulator::here()) {
+  return load_global<uint4>(address, place);
+}
+
 }  // namespace hgfast::cuda

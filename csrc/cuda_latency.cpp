@@ -1,0 +1,157 @@
+#include "cuda_latency.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+
+#include "cuda/hopper_bottleneck.h"
+
+#ifdef HGFAST_HOPPER
+
+namespace hgfast {
+namespace {
+
+using at::Tensor;
+
+// A matrix (rows, columns) in units, of each 16 rows those of all columns: see LatencyTape, whose
+// r and c are taken apart here: r = (strip, 8s, rest), c = (16s, 8s, pair, element). The result is
+// (strips, units, 256).
+Tensor units(const Tensor& matrix) {
+  const int64_t strips = matrix.size(0) / 16, steps = matrix.size(1) / 16;
+  return matrix.view({strips, 2, 8, steps, 2, 4, 2})
+      .permute({0, 3, 2, 5, 1, 4, 6})
+      .reshape({strips, steps, 256});
+}
+
+// The same for columns of x, padded to pairs of units: c = (32s, lane, unit, 8s, element).
+Tensor input_units(const Tensor& weight) {
+  const int64_t strips = weight.size(0) / 16, pairs = (weight.size(1) + 31) / 32;
+  return pad_matrix(weight.flatten(1), strips * 16, pairs * 32)
+      .view({strips, 2, 8, pairs, 4, 2, 2, 2})
+      .permute({0, 3, 5, 2, 4, 1, 6, 7})
+      .reshape({strips, 2 * pairs, 256});
+}
+
+}  // namespace
+
+CudaLatencyBottleneck::CudaLatencyBottleneck(const std::string& where, at::ScalarType element,
+                                             const OptionalTensor& scale,
+                                             const OptionalTensor& shift, const Tensor& w1,
+                                             const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                                             const Tensor& w3, const Tensor& b3,
+                                             const OptionalTensor& wp, const OptionalTensor& bp,
+                                             bool relu)
+    : where_(where), element_(element) {
+  const at::Device device = w1.device();
+  check_packable(where, "w1", device, element);
+  const auto [in, middle, out] =
+      check_bottleneck(where, device, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
+  const std::string reason = obstacle(device, in, middle, out, wp.has_value());
+  TORCH_CHECK_VALUE(reason.empty(), where, ": ", reason);
+  const c10::OptionalDeviceGuard guard(device);
+
+  // (rows, window's row and column, channels) -> (rows, column, 16s, row, channels)
+  const Tensor taps = w2.to(at::kFloat)
+                          .view({middle, middle / 16, 16, 3, 3})
+                          .permute({0, 4, 1, 3, 2})
+                          .reshape({middle, 9 * middle});
+  Tensor outputs = units(w3.to(at::kFloat).reshape({out, middle}));
+  if (wp) outputs = at::cat({input_units(*wp), outputs}, 1);
+  tape_ =
+      at::cat({input_units(w1).flatten(), units(taps).flatten(), outputs.flatten()}).to(element);
+  b1_ = pad_vector(b1, middle);
+  b2_ = pad_vector(b2, middle);
+  b3_ = pad_vector(wp ? b3.to(at::kFloat) + bp->to(at::kFloat) : b3, out);
+  if (scale) {
+    const int64_t padded = (in + 31) / 32 * 32;
+    scale_ = pad_vector(*scale, padded);
+    shift_ = pad_vector(*shift, padded);
+    params_.scale = scale_.const_data_ptr<float>();
+    params_.shift = shift_.const_data_ptr<float>();
+  }
+  params_.element = element_of(element);
+  params_.in = static_cast<int>(in);
+  params_.middle = static_cast<int>(middle);
+  params_.out = static_cast<int>(out);
+  params_.project = wp.has_value();
+  params_.relu = relu;
+  params_.b1 = b1_.const_data_ptr<float>();
+  params_.b2 = b2_.const_data_ptr<float>();
+  params_.b3 = b3_.const_data_ptr<float>();
+  params_.tape = tape_.const_data_ptr();
+}
+
+Tensor CudaLatencyBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool) const {
+  const Shape shape = map_shape(where_, "x", x);
+  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
+                    x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == tape_.device(), where_, ": expected x on ", tape_.device(),
+                    ", given ", x.device());
+  TORCH_CHECK_VALUE(shape.channels == params_.in, where_, ": expected x of ", params_.in,
+                    " channels, as w1 has, given ", shape);
+  TORCH_CHECK_VALUE(!pool || (shape.height > 1 && shape.width > 1), where_,
+                    ": expected x of at least 2x2 pixels to pool, given ", shape);
+  const Shape result = {shape.batch, params_.out, pool ? shape.height / 2 : shape.height,
+                        pool ? shape.width / 2 : shape.width};
+  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX &&
+                        result.height * result.width * result.channels <= INT32_MAX,
+                    where_, ": expected less than 2^31 elements an image, given ", shape,
+                    " for a result of ", result);
+  const c10::OptionalDeviceGuard guard(x.device());
+  Tensor half;
+  if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
+  const Tensor dense = channels_last(x);
+  Tensor y = empty_map(result, x);
+  if (y.numel() == 0) return y;
+
+  cuda::BottleneckParams p = params_;
+  p.batch = result.batch;
+  p.height = result.height;
+  p.width = result.width;
+  p.x_height = shape.height;
+  p.x_width = shape.width;
+  p.pool = pool;
+  p.x = dense.const_data_ptr();
+  p.low = low ? half.const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  const char* variant = "latency";
+  check_launched(where_,
+                 cuda::latency(p, launched_.exchange(true), current_stream(x.device()), &variant));
+  last_path() = {"cuda", variant};
+  return y;
+}
+
+std::vector<Tensor> CudaLatencyBottleneck::tensors() const {
+  std::vector<Tensor> tensors{tape_, b1_, b2_, b3_};
+  if (scale_.defined()) tensors.insert(tensors.end(), {scale_, shift_});
+  return tensors;
+}
+
+std::string CudaLatencyBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,
+                                            int64_t out, bool project) {
+  if (in % 16 || middle % 32 || out % 32)
+    return c10::str("its channels (", in, ", ", middle, ", ", out,
+                    ") are not multiples of 16, 32 and 32");
+  const c10::OptionalDeviceGuard guard(device);
+  bool there = false;
+  check_launched("bottleneck", cuda::is_hopper(there));
+  if (!there) return "this GPU is no Hopper (sm_90)";
+  int shared_bytes = 0;
+  check_launched("bottleneck", cuda::shared_memory_of_a_block(shared_bytes));
+  const bool small = std::max({in, middle, out}) <= 1 << 16;
+  cuda::BottleneckParams p{};
+  p.batch = p.height = p.width = p.x_height = p.x_width = 1;
+  p.in = static_cast<int>(in);
+  p.middle = static_cast<int>(middle);
+  p.out = static_cast<int>(out);
+  p.project = project;
+  cuda::LatencyVariant variant{};
+  if (small && cuda::choose_latency(p, 1, shared_bytes, variant)) return "";
+  return c10::str("its channels (", in, ", ", middle, ", ", out,
+                  ") are too many, or cannot be split over the 2, 4 or 8 blocks of a cluster, 16 "
+                  "at a time and at most 64 of the middle ones each");
+}
+
+}  // namespace hgfast
+
+#endif  // HGFAST_HOPPER
