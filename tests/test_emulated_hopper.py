@@ -346,12 +346,12 @@ extern "C" const char* run(void** arrays) {
 RACE = ("race", "copy in flight", "uninitialised")
 MUTANTS = {
     "a stage is read before it is full": (
-        "    wait_barrier(full(stage), at.parity);\n",
+        "    wait_own_barrier(full(stage), at.parity);\n",
         "",
         RACE,
     ),
     "a stage is filled before it is empty": (
-        "if (!first_round) wait_barrier(empty(stage), at.parity ^ 1);",
+        "if (!first_round) wait_own_barrier(empty(stage), at.parity ^ 1);",
         "",
         (*RACE, "too many arrivals", "deadlock"),
     ),

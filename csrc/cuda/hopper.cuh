@@ -331,8 +331,9 @@ HGFAST_DEVICE void let_next_kernel_begin() {
 // ---- More of barriers
 // --------------------------------------------------------------------------------
 
-// As wait_barrier(), where nobody of another block arrives: without dropping what the
-// multiprocessor has of global memory in its L1 cache, as one that waits for other blocks must.
+// As wait_barrier(), where other blocks arrive behind reads alone, or not at all: without dropping
+// what the multiprocessor has of global memory in its L1 cache, as one that waits for what other
+// blocks wrote must.
 HGFAST_DEVICE void wait_own_barrier(Barrier barrier, int parity) {
   asm volatile(
       "{.reg .pred over;\n\t"
