@@ -164,7 +164,6 @@ def count_latency(size: int, batch: int = 1) -> dict[str, Any]:
     counted = emulator.counters()
     blocks = counted["blocks"]
     weights = sum(w[name].numel() for name in ("w1", "w2", "w3"))
-    vectors = 4 * (sum(w[name].numel() for name in ("b1", "b2", "b3")) + 2 * blocks * 256)
     tiles = batch * (-(-size // 8)) ** 2
     return {
         "case": f"{size}x{size} x {batch}",
