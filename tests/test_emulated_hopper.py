@@ -261,6 +261,20 @@ def run_on(kernels: cuda.Kernels, model: nn.Module, x: Tensor) -> tuple[cuda.Cud
     return executor, y
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Of each block that runs from now on: its kernel, and whether it pools what it reads."""
+    ran: list[tuple[str, bool]] = []
+    run = blocks.Block.run
+
+    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
+        result = run(block, x, low, pool, pooled)
+        ran.append((emulator.last_path(), pool))
+        return result
+
+    monkeypatch.setattr(blocks.Block, "run", spy)
+    return ran
+
+
 def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -272,15 +286,7 @@ def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
 
     monkeypatch.setenv(evidence.UNPROVEN, "throughput")
     monkeypatch.setattr(blocks, "RULES", [replace(rule, least=0) for rule in blocks.RULES])
-    ran: list[tuple[str, bool]] = []
-    run = blocks.Block.run
-
-    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
-        result = run(block, x, low, pool, pooled)
-        ran.append((emulator.last_path(), pool))
-        return result
-
-    monkeypatch.setattr(blocks.Block, "run", spy)
+    ran = watched(monkeypatch)
     fast, y = run_on(kernels, model, x)
     assert fast.features == {"throughput"}
     wide = [pool for path, pool in ran if path == "cuda/hopper_bottleneck<bfloat16>"]
@@ -293,6 +299,23 @@ def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
         "cuda bfloat16",
         "cuda bfloat16, throughput or portable",
     }
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+def test_few_pixels_run_over_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = cuda.Kernels(emulator, Ops, torch.device("cpu"))
+    model, x = wide_hourglass(), image(1, 32, 32).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency,throughput")
+    ran = watched(monkeypatch)
+    fast, y = run_on(kernels, model, x)
+    assert fast.features == {"latency", "throughput"}
+    paths = [path for path, _ in ran]
+    assert sum(path.startswith("cuda/latency<") for path in paths) >= len(paths) - 1
+    step = next(step for step in recognise(model).steps if isinstance(step, Bottleneck))
+    assert fast.path(step) == "cuda bfloat16, latency or portable"  # 64 channels in the middle
     difference = (y.double() - expected.double()).norm() / expected.double().norm()
     assert difference < 2e-2
 
