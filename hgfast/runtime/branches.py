@@ -115,7 +115,7 @@ def _branches(
             else:
                 needs.add(maker)
         # Where the lower branch is over before the upper one could begin, nothing runs beside it.
-        if at.get(launch.low, BEGIN) > max(needs, default=BEGIN) and wanted(launch):
+        if at.get(launch.low, BEGIN) > max(needs - branch, default=BEGIN) and wanted(launch):
             found[index] = tuple(sorted(branch - {index}))
     return found
 
