@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -473,11 +474,9 @@ def test_the_image_is_not_converted_before_the_stem(kernels: cuda.Kernels) -> No
     """One kernel reads the caller's float32, contiguous as it is."""
     plan, executor = executor_of(small_hourglass(), torch.float32, "medium", kernels)
     seen = []
-    launch, output, dead = executor._launches[0]
-    executor._launches[0] = (
-        lambda values: (seen.append(values[plan.inputs[0]]), launch(values))[1],
-        output,
-        dead,
+    first = executor._launches[0]
+    executor._launches[0] = replace(
+        first, run=lambda values: (seen.append(values[plan.inputs[0]]), first.run(values))[1]
     )
     x = image(1)
     executor.run([x])
@@ -545,9 +544,9 @@ def test_memory_is_given_back_on_the_way(kernels: cuda.Kernels) -> None:
     """Nothing is left over but the outputs."""
     plan, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
     values = {plan.inputs[0]: image(1)}
-    for launch, output, dead in executor._launches:
-        values[output] = launch(values)
-        for number in dead:
+    for launch in executor._launches:
+        values[launch.work.gives[0]] = launch.run(values)
+        for number in launch.dead:
             del values[number]
     assert set(values) == set(output_values(plan.outputs))
 

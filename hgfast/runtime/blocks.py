@@ -35,10 +35,22 @@ RULES = (
     Rule("portable", 0, "everything else, and every other GPU"),
 )
 
+#: An upper branch whose last block has fewer tiles than this runs beside the lower one, where that
+#: feature is switched on: half of an H200's multiprocessors, at a tile each. The lower branch has a
+#: quarter of its pixels, and so has the next upper one, so that all fit beside each other; with
+#: more, blocks would take multiprocessors from those that others wait for, and the join, which then
+#: is a launch of its own, would write and read more than it saves. An argument, not a measurement.
+BESIDE_BELOW = 66
+
 
 def tiles(batch: int, height: int, width: int) -> int:
     """Tiles of 16x16 pixels that cover a batch of maps."""
     return batch * -(-height // 16) * -(-width // 16)
+
+
+def runs_beside(batch: int, height: int, width: int) -> bool:
+    """Whether an upper branch with a result of that shape leaves room for what runs beside it."""
+    return tiles(batch, height, width) < BESIDE_BELOW
 
 
 class Block:

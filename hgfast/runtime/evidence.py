@@ -33,6 +33,7 @@ FEATURES = {
     "head": Feature("1x1, heatmaps and remerge behind an hourglass in one kernel"),
     "throughput": Feature("residual blocks on Hopper's warpgroup instructions (sm_90a)"),
     "latency": Feature("residual blocks of small batches over clusters (sm_90a)"),
+    "branches": Feature("skip branches of small batches beside the rest, inside a CUDA graph"),
 }
 
 
