@@ -179,14 +179,7 @@ def count_latency(size: int, batch: int = 1) -> dict[str, Any]:
         "block_l2_bytes": counted["global_bytes_loaded"] // blocks,
         "block_remote_bytes": counted["remote_bytes"] // blocks,
         "block_products": counted["multiply_adds"] // blocks,
-        "block_shared_bytes": (
-            counted["shared_bytes_loaded"]
-            + counted["shared_bytes_stored"]
-            + counted["bulk_bytes"]
-            + counted["remote_bytes"]
-            + 512 * counted["load_matrices"]
-        )
-        // blocks,
+        "block_shared_bytes": shared_bytes(counted) // blocks,
         "bank_conflicts": counted["matrix_conflicts"],
     }
 
@@ -235,6 +228,46 @@ def hopper_table(rows: list[dict[str, Any]]) -> str:
             f"| {row['tile_clocks']:.0f} | {row['operand_bytes_per_clock']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def count_subtree() -> dict[str, Any]:
+    """Six 256/128/256 blocks in one launch: what lies below 16x16 in an hourglass of depth 4."""
+    steps = [(-1, True, -1), (0, True, -1), (1, False, -1), (2, False, -1), (0, False, 3)]
+    steps.append((4, False, -1))
+    weights = [bottleneck_weights(*HOURGLASS, seed=i) for i in range(len(steps))]
+    blocks = [
+        emulator.CudaLatencyBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
+        for w in weights
+    ]
+    x = random_map(1, 256, 16, 16, dtype=torch.bfloat16, layout="channels_last")
+    emulator.model_memory(True)
+    emulator.CudaLatencySubtree(blocks, steps).run(x)
+    emulator.model_memory(False)
+    counted = emulator.counters()
+    return {
+        "case": "six blocks below 16x16",
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+        "l2_bytes": counted["global_bytes_loaded"],
+        "block_weights": counted["bulk_bytes"] // counted["blocks"],
+        "block_remote_bytes": counted["remote_bytes"] // counted["blocks"],
+        "block_products": counted["multiply_adds"] // counted["blocks"],
+        "block_shared_bytes": shared_bytes(counted) // counted["blocks"],
+        "shared_memory": counted["shared_bytes"],
+    }
+
+
+def shared_bytes(counted: dict[str, Any]) -> int:
+    """What all blocks over clusters read and write of shared memory."""
+    return int(
+        counted["shared_bytes_loaded"]
+        + counted["shared_bytes_stored"]
+        + counted["bulk_bytes"]
+        + counted["remote_bytes"]
+        + 512 * counted["load_matrices"]
+    )
 
 
 def latency_table(rows: list[dict[str, Any]]) -> str:
@@ -303,6 +336,7 @@ def main() -> None:
         "head": heads,
         "latency": clusters,
         "hopper": warpgroups,
+        "subtree": [count_subtree()],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(
