@@ -320,6 +320,41 @@ def test_few_pixels_run_over_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference < 2e-2
 
 
+@pytest.mark.parametrize(
+    ("size", "blocks_apart"),
+    [(32, 0), (64, 0), (128, 3)],  # the first map of the hourglass, pooled: 4x4, 8x8, 16x16
+)
+def test_what_is_small_enough_is_one_launch(
+    monkeypatch: pytest.MonkeyPatch, size: int, blocks_apart: int
+) -> None:
+    """A chain of six blocks, or, where their maps are too large, of the inner three."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=1, features=64, blocks=1, depth=2, joints=3)
+    model = randomise(model).eval().requires_grad_(False)
+    kernels, x = cuda.Kernels(emulator, Ops, torch.device("cpu")), image(1, size, size).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency")
+    ran = watched(monkeypatch)
+    alone: list[str] = []
+    run = emulator.CudaLatencySubtree.run
+
+    class Subtree(emulator.CudaLatencySubtree):  # type: ignore[misc]
+        def run(self, x: Tensor) -> Tensor:
+            result: Tensor = run(self, x)
+            alone.append(emulator.last_path())
+            return result
+
+    kernels.subtree = Subtree
+    _, y = run_on(kernels, model, x)
+    assert len(alone) == 1
+    assert alone[0].startswith("cuda/subtree<")
+    every = sum(isinstance(step, Bottleneck) for step in recognise(model).steps)
+    assert len(ran) == every - 6 + blocks_apart
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
 def test_rules_choose_by_the_work_there_is() -> None:
     class Packed:
         def tensors(self) -> list[Tensor]:

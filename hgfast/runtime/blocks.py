@@ -73,6 +73,10 @@ class Block:
         """Its kernels, in the order in which they are asked."""
         return tuple(rule.kernel for rule in self._rules)
 
+    def kernel(self, name: str) -> Any:
+        """One of its kernels, packed."""
+        return self._kernels[name]
+
     def tensors(self) -> list[Tensor]:
         """The packed weights."""
         return [tensor for kernel in self._kernels.values() for tensor in kernel.tensors()]
