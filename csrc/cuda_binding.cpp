@@ -284,10 +284,10 @@ std::tuple<CudaHead::OptionalTensor, CudaHead::OptionalTensor> CudaHead::run(
   p.x = x ? other.const_data_ptr() : nullptr;
   OptionalTensor heatmaps, into_next;
   if (p.joints) {
-    // The kernel writes 16 bytes at a time, also the last ones.
+    // The kernel writes 16 bytes at a time, also the last ones. No view: callers may write into it.
     const int64_t elements = (maps.count() + 7) / 8 * 8, row = shape.width * p.joints;
     heatmaps = at::empty({elements}, y.options())
-                   .as_strided(maps.sizes(), {shape.height * row, 1, row, p.joints});
+                   .as_strided_(maps.sizes(), {shape.height * row, 1, row, p.joints});
     p.heatmaps = heatmaps->mutable_data_ptr();
   }
   if (p.out) {

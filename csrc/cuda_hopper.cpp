@@ -104,7 +104,7 @@ std::vector<Tensor> CudaHopperBottleneck::tensors() const {
 }
 
 std::string CudaHopperBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,
-                                           int64_t out) {
+                                           int64_t out, [[maybe_unused]] bool project) {
   const bool fits = std::max({in, middle, out}) < INT32_MAX &&
                     cuda::hopper_bottleneck_fits(static_cast<int>(in), static_cast<int>(middle),
                                                  static_cast<int>(out));

@@ -30,7 +30,8 @@ class CudaHopperBottleneck {
   std::vector<at::Tensor> tensors() const;
 
   // Why the kernel does not take a block of these channels on this device, in words; "" if it does.
-  static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out);
+  static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,
+                              bool project);
 
  private:
   std::string where_;

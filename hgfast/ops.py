@@ -9,8 +9,9 @@ All of them are for inference: they have no gradient.
 Feature maps are ``(batch, channels, height, width)``, of any strides: float32 or bfloat16 on a CPU;
 bfloat16 or float16 on a GPU, where ``bottleneck`` needs channels in multiples of 16 and
 ``upsample_add`` in multiples of 8; ``stem`` and ``decode`` say what they take. Results are
-channels_last, in the dtype of the input; a batch of 0 works. Weights are float32, bfloat16 or float16, on the same device. Sums are accumulated in
-float32. NaN and infinity travel as they do in PyTorch.
+channels_last, in the dtype of the input; a batch of 0 works. Weights are float32, bfloat16 or
+float16, on the same device. Sums are accumulated in float32. NaN and infinity travel as they do in
+PyTorch.
 
 A BatchNorm becomes ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` where it
 stands before a ReLU that starts a block; a BatchNorm right behind a convolution is folded into it

@@ -288,7 +288,7 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
     kernel_flops = unneeded = 0
     in_kernels: dict[str, int] = {}
     graphs: list[GraphUse] = []
-    features: dict[str, None] = {}
+    features: set[str] = set()
     # With gradients wanted, a region does not look at what became of its weights.
     with torch.no_grad():
         for region in regions_of(fast):
@@ -298,7 +298,7 @@ def report(fast: nn.Module, *inputs: Any) -> Report:
             if region.backend == "eager":
                 eager_now.append(Skipped(region.name, region.pack().reason or "it has no executor"))
             graphs.append(region.graph_use())
-            features |= dict.fromkeys(sorted(region.features))
+            features |= region.features
             kernel_flops += in_kernels[region.name]
             unneeded += _unneeded(region, calls or [])
     left = {}

@@ -28,6 +28,14 @@ def random_words(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.integers(0, 2**32, shape, dtype=np.uint32)
 
 
+def pages() -> int:
+    """Of memory that this process has."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        pytest.skip("no /proc/self/statm")
+
+
 class Planted:
     """The kernels of one file: each mistake with its mended twin, as HGFAST_PLANTED lists them.
 

@@ -5,12 +5,18 @@ looked for: each stream has a clock, events carry clocks from stream to stream, 
 pool's memory between which no chain of events lies are written down as a race. A graph records
 operations and computes nothing that could be taken for a result: before each replay all that it
 writes is NaN. A pool's handle is refused where torch would refuse it.
+
+What is recorded may come from several streams. Then each operation must be behind the ones that
+made what it reads; memory that was dropped, which goes to the next one on the stream that it was
+made on, must not be in use on another; and the streams must be forked from the first one, and
+joined to it in the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Clock = dict[str, int]
 
@@ -29,6 +35,12 @@ def _address(x: Tensor) -> int:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _aliases(values: Any) -> Any:
+    """The same memory in other tensors, so that it is seen when the given ones are dropped."""
+    with torch.no_grad(), _disable_current_modes():
+        return tree_map_only(Tensor, lambda x: x.detach(), values)
 
 
 class Handle:
@@ -63,6 +75,7 @@ class Double:
         self.waits_for_nobody = False
         self.lock = threading.RLock()
         self._clocks: dict[str, Clock] = {}
+        self._sides: dict[str, Recorder | None] = {}  # streams, and the capture they are part of
         self._local = threading.local()
 
     # --- streams ---
@@ -79,6 +92,12 @@ class Double:
             yield
         finally:
             self._local.stream = before
+
+    def stream_of_its_own(self) -> str:
+        with self.lock:
+            name = f"stream of its own {len(self._sides) + 1}"
+            self._sides[name] = None
+        return name
 
     def clock(self, stream: str) -> Clock:
         return self._clocks.setdefault(stream, {stream: 0})
@@ -113,18 +132,32 @@ class Double:
         return getattr(self._local, "recorder", None)
 
     def is_capturing(self) -> bool:
+        if self.stream in self._sides:
+            return self._sides[self.stream] is not None
         return self.recorder is not None
+
+    def fork(self, recorder: Recorder) -> None:
+        """The current stream becomes a part of a capture."""
+        with self.lock:
+            recorder.streams.add(self.stream)
+            if self.stream in self._sides:
+                assert self._sides[self.stream] in (None, recorder), "captures must not meet"
+                self._sides[self.stream] = recorder
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recorder]:
         """Somebody captures what this thread does."""
         assert self.recorder is None
-        self._local.recorder = recorder = Recorder()
+        self._local.recorder = recorder = Recorder(self)
         try:
             with recorder:
                 yield recorder
         finally:
+            recorder.end()
             self._local.recorder = None
+            with self.lock:
+                for stream in recorder.streams & self._sides.keys():
+                    self._sides[stream] = None
 
     def synchronise(self) -> None:
         """What no capture can take."""
@@ -165,37 +198,104 @@ class _Event:
     def __init__(self, double: Double) -> None:
         self._double = double
         self._clock: Clock = {}
+        self._recorder: Recorder | None = None  # of the capture that it is a part of
 
     def record(self) -> None:
-        with self._double.lock:
-            self._clock = dict(self._double.clock(self._double.stream))
+        double = self._double
+        with double.lock:
+            self._clock = dict(double.clock(double.stream))
+        recorder = double.recorder
+        self._recorder = recorder if recorder and double.stream in recorder.streams else None
 
     def wait(self) -> None:
-        if not self._double.waits_for_nobody:
-            self._double.wait(self._clock)
+        if self._double.waits_for_nobody:
+            return
+        self._double.wait(self._clock)
+        if self._recorder is not None:
+            self._double.fork(self._recorder)
+
+
+class _Memory:
+    """A tensor that a capture made: where, who used it, and how many still hold it."""
+
+    def __init__(self, stream: str, time: int) -> None:
+        self.stream, self.time = stream, time
+        self.uses: Clock = {}
+        self.holders = 0
 
 
 class Recorder(TorchDispatchMode):
     """What is done, in order: (call, what it gave); no call where nothing was written."""
 
-    def __init__(self) -> None:
+    def __init__(self, double: Double) -> None:
         super().__init__()
         self.tape: list[tuple[Callable[[], Any] | None, Any]] = []
         self.made: dict[int, Tensor] = {}
+        self.streams = {double.stream}
+        self._double, self._first, self._is_over = double, double.stream, False
+        self._memory: dict[int, _Memory] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         blank = "empty" in str(func)
-        self.add(None if blank else lambda: func(*args, **kwargs), (args, kwargs), result)
+        self.add(None if blank else func, args, kwargs, result)
         return result
 
-    def add(self, call: Callable[[], Any] | None, given: Any, result: Any) -> None:
-        known = {_address(x) for x in _tensors(given)}
+    def add(self, call: Callable[..., Any] | None, args: Any, kwargs: Any, result: Any) -> None:
+        self._check(_tensors((args, kwargs)), _tensors(result))
+        known = {_address(x) for x in _tensors((args, kwargs))}
+        args, kwargs, result = _aliases((args, kwargs, result))
         for x in _tensors(result):
             if _address(x) not in known:
                 self.made.setdefault(_address(x), x)
-        self.tape.append((call, result))
+        self.tape.append((call and (lambda: call(*args, **kwargs)), result))
+
+    def _check(self, given: list[Tensor], results: list[Tensor]) -> None:
+        """One operation on the current stream."""
+        double = self._double
+        with double.lock:
+            stream, races = double.stream, double.races
+            mine = double.clock(stream)
+            mine[stream] += 1
+            if stream not in self.streams:
+                races.append(f"{stream} is no part of the capture")
+            for x in results:
+                if _address(x) not in {_address(y) for y in given}:
+                    self._memory.setdefault(_address(x), _Memory(stream, mine[stream]))
+            for x in {_address(x): x for x in (*given, *results)}.values():
+                memory = self._memory.get(_address(x))
+                if memory is None:  # from before the capture
+                    continue
+                if mine.get(memory.stream, 0) < memory.time:
+                    races.append(f"{stream} reads what {memory.stream} may not have written")
+                memory.uses[stream] = mine[stream]
+            for x in results:
+                memory = self._memory.get(_address(x))
+                if memory is not None:
+                    memory.holders += 1
+                    weakref.finalize(x, self._dropped, memory)
+
+    def _dropped(self, memory: _Memory) -> None:
+        double = self._double
+        with double.lock:
+            memory.holders -= 1
+            if memory.holders or self._is_over:
+                return
+            home = double.clock(memory.stream)
+            for stream, time in memory.uses.items():
+                if home.get(stream, 0) < time:
+                    double.races.append(f"{memory.stream} may write to what {stream} still reads")
+
+    def end(self) -> None:
+        """The capture is over; streams must have come back to the first one."""
+        double = self._double
+        with double.lock:
+            self._is_over = True
+            first = double.clock(self._first)
+            for stream in self.streams - {self._first}:
+                if first.get(stream, 0) < double.clock(stream)[stream]:
+                    double.races.append(f"{stream} is not joined")
 
 
 class DoubleGraph:
@@ -247,28 +347,35 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-def recorded(bottleneck: Any, double: Double) -> Any:
-    """The class of the emulated kernel, whose launches no operation of PyTorch's tells of."""
+class Lanes:
+    """What hgfast.runtime.lanes needs of a GPU, of a double."""
+
+    def __init__(self, double: Double) -> None:
+        self.is_capturing, self.event = double.is_capturing, double.event
+        self.stream, self.on = double.stream_of_its_own, double.on
+
+
+def recorded(kernel: Any, double: Double) -> Any:
+    """The class of an emulated kernel, whose launches no operation of PyTorch's tells of."""
 
     class Recorded:
-        obstacle = staticmethod(bottleneck.obstacle)
+        obstacle = staticmethod(getattr(kernel, "obstacle", None) or str)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._block = bottleneck(*args, **kwargs)
+            self._kernel = kernel(*args, **kwargs)
 
         def tensors(self) -> list[Tensor]:
-            found: list[Tensor] = self._block.tensors()
+            found: list[Tensor] = self._kernel.tensors()
             return found
 
-        def run(self, *args: Any) -> Tensor:
-            def call() -> Tensor:
+        def run(self, *args: Any) -> Any:
+            def call(*args: Any) -> Any:
                 with _disable_current_modes():
-                    y: Tensor = self._block.run(*args)
-                return y
+                    return self._kernel.run(*args)
 
-            result = call()
+            result = call(*args)
             if double.recorder is not None:
-                double.recorder.add(call, args, result)
+                double.recorder.add(call, args, {}, result)
             return result
 
     return Recorded

@@ -219,10 +219,10 @@ def test_outputs_that_are_no_maps(layout: torch.memory_format, kernels: cuda.Ker
 def test_memory_is_given_back_on_the_way(kernels: cuda.Kernels) -> None:
     _, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
     alive, most = {0}, 0
-    for _, output, dead in executor._launches:
-        alive.add(output)
+    for launch in executor._launches:
+        alive |= set(launch.work.gives)
         most = max(most, len(alive))
-        alive -= set(dead)
+        alive -= set(launch.dead)
     assert alive == set(executor._outputs)
     assert most < len(executor._launches) / 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from emulator import mutants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import image, randomise
 from op_checks import (
     Weights,
     bottleneck_reference,
@@ -29,7 +31,12 @@ from op_checks import (
     random_map,
 )
 from test_emulated_kernels import assert_close
-from torch import Tensor
+from torch import Tensor, nn
+
+from hgfast.models import hourglass
+from hgfast.plan import Bottleneck
+from hgfast.recognition import recognise, tensors_of
+from hgfast.runtime import blocks, cuda, evidence
 
 emulator: Any = pytest.importorskip(
     "hgfast_emulator", reason="the emulator is not built (HGFAST_EMULATOR=1 builds it)"
@@ -210,7 +217,7 @@ def test_other_blocks_are_refused(given: dict[str, int], message: str) -> None:
 def test_obstacles() -> None:
     obstacle = emulator.CudaHopperBottleneck.obstacle
     cpu = torch.device("cpu")
-    assert obstacle(cpu, 256, 128, 256) == ""
+    assert obstacle(cpu, 256, 128, 256, False) == ""
     assert "not 128 in the middle" in obstacle(cpu, 256, 64, 256)
     emulator.set_device(108, 163 * 1024)
     assert obstacle(cpu, 256, 128, 256) == "this GPU is no Hopper (sm_90)"
@@ -229,6 +236,139 @@ def test_wrong_maps_are_refused() -> None:
         ready.run(x.half())
     with pytest.raises(ValueError, match=r"expected x of 64 channels"):
         ready.run(random_map(1, 128, 4, 4, dtype=torch.bfloat16))
+
+
+# ---- In the executor -----------------------------------------------------------------------------
+
+
+class Ops:
+    upsample_add = torch.ops.hgfast_emulated.upsample_add
+    conv = torch.ops.hgfast_emulated.conv
+
+
+def wide_hourglass() -> nn.Module:
+    """With 128 channels in the middle of its residuals, and a join behind each depth."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=1, features=256, blocks=1, depth=2, joints=3)
+    return randomise(model).eval().requires_grad_(False)
+
+
+def run_on(kernels: cuda.Kernels, model: nn.Module, x: Tensor) -> tuple[cuda.CudaExecutor, Tensor]:
+    plan = recognise(model)
+    weights = {name: tensors_of(model)[name].bfloat16() for name in plan.weights}
+    executor = cuda.CudaExecutor(plan, weights, "medium", kernels)
+    (y,) = executor.run([x]).values()
+    return executor, y
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Of each block that runs from now on: its kernel, and whether it pools what it reads."""
+    ran: list[tuple[str, bool]] = []
+    run = blocks.Block.run
+
+    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
+        result = run(block, x, low, pool, pooled)
+        ran.append((emulator.last_path(), pool))
+        return result
+
+    monkeypatch.setattr(blocks.Block, "run", spy)
+    return ran
+
+
+def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    kernels = cuda.Kernels(emulator, Ops, torch.device("cpu"))
+    model, x = wide_hourglass(), image(1, 48).bfloat16()
+    plain, expected = run_on(kernels, model, x)
+    assert plain.features == frozenset()
+
+    monkeypatch.setenv(evidence.UNPROVEN, "throughput")
+    monkeypatch.setattr(blocks, "RULES", [replace(rule, least=0) for rule in blocks.RULES])
+    ran = watched(monkeypatch)
+    fast, y = run_on(kernels, model, x)
+    assert fast.features == {"throughput"}
+    wide = [pool for path, pool in ran if path == "cuda/hopper_bottleneck<bfloat16>"]
+    assert len(wide) > 5
+    # Both lie behind a block that gives the maximum beside its result; the stem's does not.
+    assert not any(wide)
+    assert [path for path, pool in ran if pool] == ["cuda/bottleneck<bfloat16, 64, 4x8>"]
+    steps = [step for step in recognise(model).steps if isinstance(step, Bottleneck)]
+    assert {fast.path(step) for step in steps} == {
+        "cuda bfloat16",
+        "cuda bfloat16, throughput or portable",
+    }
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+def test_few_pixels_run_over_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = cuda.Kernels(emulator, Ops, torch.device("cpu"))
+    model, x = wide_hourglass(), image(1, 32, 32).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency,throughput")
+    ran = watched(monkeypatch)
+    fast, y = run_on(kernels, model, x)
+    assert fast.features == {"latency", "throughput"}
+    paths = [path for path, _ in ran]
+    assert sum(path.startswith("cuda/latency<") for path in paths) >= len(paths) - 1
+    step = next(step for step in recognise(model).steps if isinstance(step, Bottleneck))
+    assert fast.path(step) == "cuda bfloat16, latency or portable"  # 64 channels in the middle
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks_apart"),
+    [(32, 0), (64, 0), (128, 3)],  # the first map of the hourglass, pooled: 4x4, 8x8, 16x16
+)
+def test_what_is_small_enough_is_one_launch(
+    monkeypatch: pytest.MonkeyPatch, size: int, blocks_apart: int
+) -> None:
+    """A chain of six blocks, or, where their maps are too large, of the inner three."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=1, features=64, blocks=1, depth=2, joints=3)
+    model = randomise(model).eval().requires_grad_(False)
+    kernels, x = cuda.Kernels(emulator, Ops, torch.device("cpu")), image(1, size, size).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency")
+    ran = watched(monkeypatch)
+    alone: list[str] = []
+    run = emulator.CudaLatencySubtree.run
+
+    class Subtree(emulator.CudaLatencySubtree):  # type: ignore[misc]
+        def run(self, x: Tensor) -> Tensor:
+            result: Tensor = run(self, x)
+            alone.append(emulator.last_path())
+            return result
+
+    kernels.subtree = Subtree
+    _, y = run_on(kernels, model, x)
+    assert len(alone) == 1
+    assert alone[0].startswith("cuda/subtree<")
+    every = sum(isinstance(step, Bottleneck) for step in recognise(model).steps)
+    assert len(ran) == every - 6 + blocks_apart
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+def test_rules_choose_by_the_work_there_is() -> None:
+    class Packed:
+        def tensors(self) -> list[Tensor]:
+            return []
+
+    everything = blocks.Block(Packed, {"throughput": Packed, "latency": Packed})
+    assert everything.choose(64, 64, 64) == "throughput"
+    assert everything.choose(9, 64, 64) == "throughput"
+    assert everything.choose(1, 64, 64) == "latency"
+    assert blocks.Block(Packed, {"throughput": Packed}).choose(1, 64, 64) == "portable"
+    assert blocks.Block(Packed, {}).choose(64, 64, 64) == "portable"
+    assert blocks.tiles(2, 17, 16) == 4
+    for rule in blocks.RULES:
+        assert rule.kernel == "portable" or rule.kernel in evidence.FEATURES
 
 
 # ---- Mistakes planted into the kernel ------------------------------------------------------------
@@ -264,12 +404,12 @@ extern "C" const char* run(void** arrays) {
 RACE = ("race", "copy in flight", "uninitialised")
 MUTANTS = {
     "a stage is read before it is full": (
-        "    wait_barrier(full(stage), at.parity);\n",
+        "    wait_own_barrier(full(stage), at.parity);\n",
         "",
         RACE,
     ),
     "a stage is filled before it is empty": (
-        "if (!first_round) wait_barrier(empty(stage), at.parity ^ 1);",
+        "if (!first_round) wait_own_barrier(empty(stage), at.parity ^ 1);",
         "",
         (*RACE, "too many arrivals", "deadlock"),
     ),

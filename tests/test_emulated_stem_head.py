@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -295,6 +296,18 @@ def test_a_head_gives_the_same_bits_in_any_order_of_threads(dtype: torch.dtype) 
             assert torch.equal(ours, theirs)
 
 
+def test_heatmaps_belong_to_the_caller() -> None:
+    """Their memory ends with a multiple of 16 bytes, and they are no view of it."""
+    y = random_map(1, 32, 3, 3, dtype=torch.bfloat16)
+    heatmaps, _ = run_head(y, None, head_weights(32, 32, 5, 0))
+    assert heatmaps is not None
+    assert not heatmaps._is_view()
+    assert heatmaps.untyped_storage().nbytes() == -(-9 * 5 * 2 // 16) * 16
+    assert (
+        heatmaps.stride() == torch.empty(1, 5, 3, 3).to(memory_format=torch.channels_last).stride()
+    )
+
+
 def test_what_is_not_wanted_is_not_computed() -> None:
     """Products and bytes written, with both results and with one of them."""
     y, x = (random_map(1, 64, 16, 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
@@ -428,6 +441,7 @@ def test_unproven_kernels_wait_to_be_asked_for(
         monkeypatch.setenv(evidence.UNPROVEN, asked)
         plan, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
         path = paths(executor, plan)
+        assert ",".join(sorted(executor.features, reverse=True)) == asked
         assert path["stem.conv"] == stem
         for name in ("heads.0.conv", "heads.0.heatmap", "remerges.0.features", "heads.1.heatmap"):
             assert path[name] == head
@@ -460,11 +474,9 @@ def test_the_image_is_not_converted_before_the_stem(kernels: cuda.Kernels) -> No
     """One kernel reads the caller's float32, contiguous as it is."""
     plan, executor = executor_of(small_hourglass(), torch.float32, "medium", kernels)
     seen = []
-    launch, output, dead = executor._launches[0]
-    executor._launches[0] = (
-        lambda values: (seen.append(values[plan.inputs[0]]), launch(values))[1],
-        output,
-        dead,
+    first = executor._launches[0]
+    executor._launches[0] = replace(
+        first, run=lambda values: (seen.append(values[plan.inputs[0]]), first.run(values))[1]
     )
     x = image(1)
     executor.run([x])
@@ -532,9 +544,9 @@ def test_memory_is_given_back_on_the_way(kernels: cuda.Kernels) -> None:
     """Nothing is left over but the outputs."""
     plan, executor = executor_of(small_hourglass(), torch.bfloat16, "medium", kernels)
     values = {plan.inputs[0]: image(1)}
-    for launch, output, dead in executor._launches:
-        values[output] = launch(values)
-        for number in dead:
+    for launch in executor._launches:
+        values[launch.work.gives[0]] = launch.run(values)
+        for number in launch.dead:
             del values[number]
     assert set(values) == set(output_values(plan.outputs))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import mutants
-from emulator_checks import DTYPES, Planted, default_settings, random_words, words
+from emulator_checks import DTYPES, Planted, default_settings, pages, random_words, words
 
 emulator = pytest.importorskip("hgfast_emulator", reason="built without HGFAST_EMULATOR=1")
 
@@ -496,13 +496,6 @@ def test_a_report_leaves_nothing_behind():
             PLANTED.report(name)
     assert pages() - before < 500  # 2 MB, of 2000 launches with 64 stacks each
     work()
-
-
-def pages() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        pytest.skip("no /proc/self/statm")
 
 
 def test_launches_from_several_threads_stay_apart(rng):

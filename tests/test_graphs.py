@@ -394,9 +394,9 @@ def test_a_turn_ends_behind_the_copies_out(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- whole models, on emulated kernels ----
 
 
-def small() -> nn.Module:
+def small(features: int = 32) -> nn.Module:
     torch.manual_seed(1)
-    model = hourglass(stacks=2, features=32, blocks=1, depth=1, joints=5)
+    model = hourglass(stacks=2, features=features, blocks=1, depth=1, joints=5)
     return randomise(model).eval().requires_grad_(False).bfloat16()
 
 
@@ -407,7 +407,8 @@ def kernels(double: Double) -> cuda.Kernels:
     )
     emulator.set_device()
     made = cuda.Kernels(emulator, torch.ops.hgfast_emulated, CPU)
-    made.bottleneck = recorded(emulator.CudaBottleneck, double)
+    for name in ("bottleneck", "stem", "head"):
+        setattr(made, name, recorded(getattr(made, name), double))
     return made
 
 
@@ -661,6 +662,17 @@ def test_auto_waits_for_evidence(gpu: Double, monkeypatch: pytest.MonkeyPatch) -
         measured(picture())
     assert gpu.captures == 2
     assert hgfast.report(measured).unproven == []
+
+
+def test_with_every_unproven_kernel(gpu: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(evidence.UNPROVEN, "graph, stem, head")
+    model = small(64)
+    fast, plain = hgfast.optimize(model), hgfast.optimize(model, cuda_graph=False)
+    for seed in range(4):
+        assert same(fast(picture(seed)), plain(picture(seed)))
+    assert gpu.captures == 1
+    assert hgfast.report(fast).unproven == ["graph", "stem", "head"]
+    assert hgfast.report(plain).unproven == ["stem", "head"]
 
 
 def test_warmup_captures(gpu: Double) -> None:

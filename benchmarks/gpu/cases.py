@@ -25,6 +25,7 @@ from hgfast.decoding import METHODS, reference
 from hgfast.models import hourglass
 from hgfast.models.hourglass import Residual
 from hgfast.recognition import recognise
+from hgfast.runtime import blocks
 from hgfast.runtime.evidence import UNPROVEN
 
 Run = Callable[[], Any]
@@ -389,7 +390,7 @@ class Candidate:
         if self.kind == "hgfast":
             precision = "medium" if self.dtype != "float32" else "highest"
             own = self.mode == "cuda_graph"
-            with asked_for("" if own else self.mode):
+            with asked_for("" if own else self.mode, alone=not case.is_network):
                 model = hgfast.optimize(model, precision, inplace=True, strict=True, cuda_graph=own)
         if self.kind == "compile":
             how: dict[str, Any] = {"mode": self.mode} if self.mode != "default" else {}
@@ -408,13 +409,17 @@ class Candidate:
 
 
 @contextlib.contextmanager
-def asked_for(features: str) -> Iterator[None]:
-    """With the kernels switched on that hgfast does not take unasked."""
-    before = os.environ.get(UNPROVEN)
+def asked_for(features: str, alone: bool = False) -> Iterator[None]:
+    """With the kernels switched on that hgfast does not take unasked; with ``alone``, also where
+    its rules would take another one."""
+    before, rules = os.environ.get(UNPROVEN), blocks.RULES
     os.environ[UNPROVEN] = features or before or ""
+    if alone and features:
+        blocks.RULES = tuple(replace(rule, least=0) for rule in rules)
     try:
         yield
     finally:
+        blocks.RULES = rules
         os.environ.pop(UNPROVEN)
         if before is not None:
             os.environ[UNPROVEN] = before
@@ -446,15 +451,11 @@ OP_TIERS: dict[str, tuple[Candidate, ...]] = {
         Candidate("eager", "bf16", graph=True),
         Candidate("eager", "fp16", True, graph=True),
     ),
+    # Kernels of one architecture; where they cannot run, the portable one does.
+    "unproven": (ANCHOR, *(replace(ANCHOR, mode=kernel) for kernel in ("throughput", "latency"))),
     "compile": (ANCHOR, replace(compiled("default"), graph=True)),
     "autotune": (ANCHOR, replace(compiled("max-autotune-no-cudagraphs"), graph=True)),
 }
-# In the kernels over clusters, which hgfast does not take unasked either.
-OP_TIERS["clusters"] = (
-    ANCHOR,
-    replace(ANCHOR, mode="latency"),
-    Candidate("folded", "bf16", True, graph=True),
-)
 #: One launch each, but for eager's.
 DECODED = (
     ANCHOR,
@@ -486,7 +487,8 @@ NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
     # In kernels that hgfast does not take unasked before a run like this has spoken for them.
     "unproven": (
         ANCHOR,
-        *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head", "latency")),
+        *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head", "throughput", "latency")),
+        replace(ANCHOR, mode="stem,head,throughput,latency"),
     ),
     "compile": (ANCHOR, *both(compiled("default"))),
     "autotune": (
@@ -525,7 +527,7 @@ class Item:
 #: A tier's limit in seconds, for an op and for a network.
 LIMITS = {
     "main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420),
-    "unproven": (0, 60), "clusters": (40, 0),
+    "unproven": (40, 90),
     "decode": (60, 0), "decode and others": (60, 0),
 }  # fmt: skip
 
@@ -556,8 +558,8 @@ def items(sizes: Sizes = REAL) -> list[Item]:
     of_ops("main", fused[1:], (large, one), sizes.levels)
     of_ops("main", ("stem",), sizes.batches, (sizes.image // 2,))
     of_ops("main", ("head",), sizes.batches, sizes.levels[:1])
-    of_networks("unproven", (first, one), (first, large))
-    of_ops("clusters", fused[:1], (one,), sizes.levels)
+    of_ops("unproven", fused[:2], (large, one), sizes.levels)
+    of_networks("unproven", (first, one), (first, large), *((stacks, one) for stacks in others))
     of_ops("decode and others", ("decode quarter",), sizes.images, (sizes.heatmaps,))
     decodes = tuple(f"decode {method}" for method in METHODS if method != "quarter")
     of_ops("decode", decodes, sizes.images[:1], (sizes.heatmaps,))

@@ -117,7 +117,7 @@ struct HopperProducer : HopperLayout {
   // The next stage, once nobody in the cluster reads it any more; so many bytes will come.
   HGFAST_DEVICE int next(int bytes) {
     const int stage = at.number;
-    if (!first_round) wait_barrier(empty(stage), at.parity ^ 1);
+    if (!first_round) wait_own_barrier(empty(stage), at.parity ^ 1);
     arrive_expecting(full(stage), bytes);
     at.advance();
     if (at.number == 0) first_round = false;
@@ -212,7 +212,7 @@ struct HopperConsumer : HopperLayout {
 
   HGFAST_DEVICE int take() {
     const int stage = at.number;
-    wait_barrier(full(stage), at.parity);
+    wait_own_barrier(full(stage), at.parity);
     at.advance();
     return stage;
   }

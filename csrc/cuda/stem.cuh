@@ -18,8 +18,9 @@
 //   products  rows are pixels, columns (ky, kx, channel). A kernel row is 21 neighbours in shared
 //             memory, whatever the pixel: no im2col, and a pair of columns of a fragment is one
 //             aligned load of 4 bytes. (ldmatrix wants rows of 16 aligned bytes, and pixels are 12
-//             bytes apart.) A fragment's eight pixels by four pairs are 25 different words in a
-//             row of 25: no bank conflicts.
+//             bytes apart.) A fragment's eight pixels by four pairs are 25 words, one behind the
+//             other: no bank conflicts, but for the 5 of 20 whose pairs belong to two kernel rows,
+//             where a bank is asked for two words at most.
 //
 // The 22nd column of a kernel row meets the next pixel, whatever it is, and its weight of 0 would
 // make NaN of infinity: so it is masked.

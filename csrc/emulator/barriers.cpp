@@ -108,6 +108,11 @@ Block::BarrierState& Block::barrier_at(Block& owner, const char* function, uint3
 void Block::arrive(uint32_t address, int rank, int bytes, const char* function, Place place) {
   Block& owner = rank < 0 ? *this : other_block(function, rank, place);
   BarrierState& barrier = barrier_at(owner, function, address, place);
+  if (&owner != this && thread_states_[thread_].stored_remotely)
+    fail("not ordered", thread_,
+         "%s at %s:%d comes behind a store_remote of this thread, and orders reads alone: between "
+         "them there must be a barrier of the cluster",
+         function, place.file, place.line);
   if (barrier.missing == 0)
     fail(
         "too many arrivals", thread_,
@@ -163,7 +168,13 @@ void Block::wait_barrier(uint32_t address, int parity, Place place) {
 // ---- The cluster
 // ---------------------------------------------------------------------------------
 
+namespace {
+void nothing(Block&, Place, void* const (&)[kLanes]) {}
+}  // namespace
+
+// All lanes of a warp come to each of its steps together.
 void Block::arrive_cluster(Place place) {
+  collective("arrive_cluster", place, nullptr, nothing);
   Thread& thread = thread_states_[thread_];
   Cluster::Gate& gate = cluster_->gate;
   if (thread.at_gate)
@@ -182,20 +193,20 @@ void Block::arrive_cluster(Place place) {
   for (int rank = 0; rank < cluster_->size(); ++rank) {
     Block& block = cluster_->block(rank);
     for (int i = 0; i < threads_; ++i)
-      if (block.thread_states_[i].waits_in &&
-          std::strcmp(block.thread_states_[i].waits_in, "wait_cluster") == 0)
-        block.wake(i / kLanes, 1u << i % kLanes);
+      if (block.thread_states_[i].in_gate) block.wake(i / kLanes, 1u << i % kLanes);
   }
 }
 
 void Block::wait_cluster(Place place) {
+  collective("wait_cluster", place, nullptr, nothing);
   Thread& thread = thread_states_[thread_];
   if (!thread.at_gate)
     fail("divergent barrier", thread_, "wait_cluster at %s:%d, with no arrive_cluster before it",
          place.file, place.line);
   Cluster::Gate& gate = cluster_->gate;
+  thread.in_gate = true;
   while (gate.phase == thread.gate_phase) wait("wait_cluster", place);
-  thread.at_gate = false;
+  thread.at_gate = thread.in_gate = thread.stored_remotely = false;
   cluster_->clocks().keep(gate.clock);
   learn(thread, cluster_->clocks().join(thread.clock, gate.clock));
   cluster_->clocks().give_back(gate.clock);

@@ -81,7 +81,8 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
   if (random_) random_ = (random_ ^ static_cast<uint64_t>(index_)) * 0xbf58476d1ce4e5b9u | 1;
 
   const int warps = threads_ / kLanes;
-  shared_.begin_block(static_cast<uint32_t>(launch_->shared_bytes));
+  shared_.begin_block(static_cast<uint32_t>(launch_->shared_bytes), agent(0),
+                      static_cast<uint32_t>(threads_));
   stacks_.reserve(threads_);
   if (static_cast<int>(thread_states_.size()) < threads_) thread_states_.resize(threads_);
   if (static_cast<int>(warps_.size()) < warps) warps_.resize(warps);
@@ -117,6 +118,8 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
     thread.time = 1;
     thread.fenced = 0;
     thread.at_gate = false;
+    thread.in_gate = false;
+    thread.stored_remotely = false;
   }
 }
 
@@ -512,6 +515,7 @@ void Block::store_remote(uint32_t to, int rank, const void* from, uint32_t bytes
       fail_shared(fault, "store_remote", true, to + i, thread_, place, other);
   std::memcpy(other.shared_.at(to), from, bytes);
   other.note_remote(asker, "store_remote");
+  if (&other != this) thread_states_[thread_].stored_remotely = true;
   counters_.remote_bytes += bytes;
 }
 

@@ -39,7 +39,8 @@ class SharedMemory {
   static constexpr uint32_t kBase = 1024;  // the first byte's address: 0 is nowhere
 
   // Forgets everything, and fills the memory with NaN.
-  void begin_block(uint32_t bytes);
+  // Its threads are the agents from `first_agent` on.
+  void begin_block(uint32_t bytes, uint32_t first_agent, uint32_t threads);
 
   uint32_t bytes() const { return bytes_; }
   bool contains(uint32_t address, uint32_t bytes) const {
@@ -71,13 +72,16 @@ class SharedMemory {
 
  private:
   enum class State : uint8_t { plain, in_flight, barrier };
+  // Several agents that read at the same line and at the same time of theirs: as threads of a block
+  // count barriers, mostly all warps. Bit i: agent + i * stride(agent).
   struct Reader {
     uint32_t agent, time;
     Stamp by;
-    uint32_t bits;  // of agents from `agent` on; 1: itself
+    uint32_t bits;
   };
-  static constexpr int kReaders = 3;
-  struct Word {
+  static constexpr uint32_t kLine = (1u << 22) - 1;  // of a stamp, all but its thread
+  static constexpr int kReaders = 2;
+  struct alignas(64) Word {   // one line of the cache
     uint32_t generation = 0;  // of the block that wrote it
     uint32_t written_agent = 0, written_time = 0;
     Stamp written_by = kNobody;
@@ -94,11 +98,19 @@ class SharedMemory {
     other_ = by;
     return fault;
   }
-  static bool knows(const Asker& asker, const Reader& reader) {
-    if (reader.bits == 1) return asker.knows(reader.agent, reader.time);
-    for (uint32_t i = 0, bits = reader.bits; bits; ++i, bits >>= 1)
-      if ((bits & 1) && asker.seen[reader.agent + i] < reader.time) return false;
-    return true;
+  bool is_thread(uint32_t agent) const { return agent - first_agent_ < threads_; }
+  uint32_t stride(uint32_t agent) const { return is_thread(agent) ? 32 : 1; }
+  // The first of a reader's agents of which one does not know, or -1.
+  int unknown(const Asker& asker, const Reader& reader) const {
+    const uint32_t step = stride(reader.agent);
+    for (uint32_t agent = reader.agent, bits = reader.bits; bits; agent += step, bits >>= 1)
+      if ((bits & 1) && !asker.knows(agent, reader.time)) return static_cast<int>(agent);
+    return -1;
+  }
+  Fault found_reader(const Reader& reader, int agent) {
+    const uint32_t thread = static_cast<uint32_t>(agent) - first_agent_;
+    return found(Fault::after_read, static_cast<uint32_t>(agent),
+                 thread < threads_ ? thread << 22 | (reader.by & kLine) : reader.by);
   }
   Fault check_state(const Word& word, bool reads) {
     if (word.generation != generation_) return reads ? Fault::uninitialised : Fault::none;
@@ -114,6 +126,7 @@ class SharedMemory {
   std::vector<std::vector<Reader>> more_;
   uint32_t bytes_ = 0;
   uint32_t generation_ = 0;
+  uint32_t first_agent_ = 0, threads_ = 0;
   Stamp other_ = kNobody;
   uint32_t other_agent_ = 0;
 };
@@ -122,12 +135,12 @@ class SharedMemory {
 // too.
 inline void SharedMemory::note(Word& word, const Asker* askers, int count, const Reader& reader) {
   const auto stands_for = [&](Reader& old) {
-    if (old.agent == reader.agent && old.time == reader.time) {
+    if (old.agent == reader.agent && old.time == reader.time && !((old.by ^ reader.by) & kLine)) {
       old.bits |= reader.bits;
       return true;
     }
     for (int i = 0; i < count; ++i)
-      if (!knows(askers[i], old)) return false;
+      if (unknown(askers[i], old) >= 0) return false;
     old = reader;
     return true;
   };
@@ -151,7 +164,8 @@ inline Fault SharedMemory::read(uint32_t address, const Asker& asker) {
   if (const Fault fault = check_state(word, true); fault != Fault::none) return fault;
   if (!asker.knows(word.written_agent, word.written_time))
     return found(Fault::after_write, word.written_agent, word.written_by);
-  note(word, &asker, 1, {asker.agent, asker.time, asker.by, 1});
+  const uint32_t thread = asker.agent - first_agent_;
+  note(word, &asker, 1, {first_agent_ + thread % 32, asker.time, asker.by, 1u << thread / 32});
   return Fault::none;
 }
 
@@ -176,11 +190,12 @@ inline Fault SharedMemory::write(uint32_t address, const Asker& asker) {
     if (!asker.knows(word.written_agent, word.written_time))
       return found(Fault::after_write, word.written_agent, word.written_by);
     for (int i = 0; i < word.readers; ++i)
-      if (!knows(asker, word.reader[i]))
-        return found(Fault::after_read, word.reader[i].agent, word.reader[i].by);
+      if (const int agent = unknown(asker, word.reader[i]); agent >= 0)
+        return found_reader(word.reader[i], agent);
     if (word.more >= 0) {
       for (const Reader& reader : more_[word.more])
-        if (!knows(asker, reader)) return found(Fault::after_read, reader.agent, reader.by);
+        if (const int agent = unknown(asker, reader); agent >= 0)
+          return found_reader(reader, agent);
       more_[word.more].clear();
     }
   } else {
@@ -224,8 +239,10 @@ inline Fault SharedMemory::make_barrier(uint32_t address, const Asker& asker) {
   return fault;
 }
 
-inline void SharedMemory::begin_block(uint32_t bytes) {
+inline void SharedMemory::begin_block(uint32_t bytes, uint32_t first_agent, uint32_t threads) {
   bytes_ = bytes;
+  first_agent_ = first_agent;
+  threads_ = threads;
   memory_.assign(bytes, '\xff');
   if (words_.size() < (bytes + 3) / 4) words_.resize((bytes + 3) / 4);
   more_.clear();

@@ -362,6 +362,19 @@ __global__ void divergent_warps(const __grid_constant__ ProbeParams p) {
 }
 
 template <bool right>
+__global__ void divergent_operands(const __grid_constant__ ProbeParams p) {
+  write_operands();
+  fence_async();
+  sync_block();
+  float d[32] = {};
+  begin_products();
+  add_product<BFloat16>(d, part(0), part(right || thread_index() >= kWarp ? kPart : 0));  // HERE
+  commit_products();
+  wait_products<0>();
+  put(p, text(d[0]));
+}
+
+template <bool right>
 __global__ void product_left_out(const __grid_constant__ ProbeParams p) {
   write_operands();
   fence_async();
@@ -598,6 +611,19 @@ __global__ void remote_not_ordered(const __grid_constant__ ProbeParams p) {
   sync_cluster();
 }
 
+// An arrival at another block's barrier orders no writes.
+template <bool right>
+__global__ void remote_told_by_arrival(const __grid_constant__ ProbeParams p) {
+  make_barriers(1, static_cast<int>(p.value[0]));
+  sync_cluster();
+  store_remote(shared_word(thread_index()), cluster_rank() ^ 1, mine(p));
+  if constexpr (right) sync_cluster();
+  arrive_at(barrier(0), cluster_rank() ^ 1);  // HERE
+  wait_barrier(barrier(0), 0);
+  put(p, load_shared<uint32_t>(shared_word(thread_index())));
+  sync_cluster();
+}
+
 // What is done between the two steps is ordered by neither.
 template <bool right>
 __global__ void between_the_steps(const __grid_constant__ ProbeParams p) {
@@ -615,6 +641,16 @@ template <bool right>
 __global__ void wait_without_arrival(const __grid_constant__ ProbeParams p) {
   if constexpr (right) arrive_cluster();
   wait_cluster();  // HERE
+  put(p, mine(p));
+}
+
+// One lane takes another way to the same barrier.
+template <bool right>
+__global__ void lanes_apart_at_cluster(const __grid_constant__ ProbeParams p) {
+  if (right || thread_index() != 9)
+    sync_cluster();  // BRANCH
+  else
+    sync_cluster();  // BRANCH
   put(p, mine(p));
 }
 
@@ -757,6 +793,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(products_never_waited_for),
     HGFAST_PLANTED(divergent_lanes),
     HGFAST_PLANTED(divergent_warps),
+    HGFAST_PLANTED(divergent_operands),
     HGFAST_PLANTED(product_left_out),
     HGFAST_PLANTED(product_of_half_a_group),
     HGFAST_PLANTED(released_before_the_products),
@@ -773,8 +810,10 @@ const Probe probes[] = {
     HGFAST_PLANTED(barrier_of_other_block),
     HGFAST_PLANTED(block_not_begun),
     HGFAST_PLANTED(remote_not_ordered),
+    HGFAST_PLANTED(remote_told_by_arrival),
     HGFAST_PLANTED(between_the_steps),
     HGFAST_PLANTED(wait_without_arrival),
+    HGFAST_PLANTED(lanes_apart_at_cluster),
     HGFAST_PLANTED(no_such_block),
     HGFAST_PLANTED(ends_before_an_arrival),
     HGFAST_PLANTED(ends_before_a_store),

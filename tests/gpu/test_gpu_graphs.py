@@ -49,7 +49,8 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Double | None]:
         return
     made = Double()
     emulated = cuda.Kernels(kernels, kernel_ops, DEVICE)
-    emulated.bottleneck = recorded(kernels.CudaBottleneck, made)
+    for name in ("bottleneck", "stem", "head"):
+        setattr(emulated, name, recorded(getattr(emulated, name), made))
 
     def choose(plan: Any, weights: Any, precision: str, as_computed: bool = False) -> Any:
         dtype = next(iter(weights.values())).dtype
