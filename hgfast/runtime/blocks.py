@@ -37,9 +37,11 @@ RULES = (
 
 #: An upper branch whose last block has fewer tiles than this runs beside the lower one, where that
 #: feature is switched on: half of an H200's multiprocessors, at a tile each. The lower branch has a
-#: quarter of its pixels, and so has the next upper one, so that all fit beside each other; with
-#: more, blocks would take multiprocessors from those that others wait for, and the join, which then
-#: is a launch of its own, would write and read more than it saves. An argument, not a measurement.
+#: quarter of its pixels, and so has the next upper one, so that there is work for less than the
+#: whole GPU. The kernels cut so little into finer pieces, which spend their time on weights and
+#: barriers; those of two branches can share multiprocessors. With more work they only take them
+#: from each other, and the join, then a launch of its own, is not paid for. An argument, not a
+#: measurement.
 BESIDE_BELOW = 66
 
 
