@@ -234,6 +234,7 @@ class Recorder(TorchDispatchMode):
         self.streams = {double.stream}
         self._double, self._first, self._is_over = double, double.stream, False
         self._memory: dict[int, _Memory] = {}
+        self._free: list[_Memory] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -260,9 +261,11 @@ class Recorder(TorchDispatchMode):
             mine[stream] += 1
             if stream not in self.streams:
                 races.append(f"{stream} is no part of the capture")
+            known = {_address(x) for x in given}
             for x in results:
-                if _address(x) not in {_address(y) for y in given}:
+                if _address(x) not in known:
                     self._memory.setdefault(_address(x), _Memory(stream, mine[stream]))
+                    self._reuse(stream)
             for x in {_address(x): x for x in (*given, *results)}.values():
                 memory = self._memory.get(_address(x))
                 if memory is None:  # from before the capture
@@ -277,15 +280,19 @@ class Recorder(TorchDispatchMode):
                     weakref.finalize(x, self._dropped, memory)
 
     def _dropped(self, memory: _Memory) -> None:
-        double = self._double
-        with double.lock:
+        with self._double.lock:
             memory.holders -= 1
-            if memory.holders or self._is_over:
-                return
-            home = double.clock(memory.stream)
+            if not memory.holders and not self._is_over:
+                self._free.append(memory)
+
+    def _reuse(self, home: str) -> None:
+        """New memory on a stream may be any that was dropped and is its own."""
+        double, mine = self._double, self._double.clock(home)
+        for memory in [memory for memory in self._free if memory.stream == home]:
+            self._free.remove(memory)
             for stream, time in memory.uses.items():
-                if home.get(stream, 0) < time:
-                    double.races.append(f"{memory.stream} may write to what {stream} still reads")
+                if mine.get(stream, 0) < time:
+                    double.races.append(f"{home} may write to what {stream} still reads")
 
     def end(self) -> None:
         """The capture is over; streams must have come back to the first one."""

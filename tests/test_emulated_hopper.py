@@ -315,7 +315,7 @@ def test_few_pixels_run_over_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [path for path, _ in ran]
     assert sum(path.startswith("cuda/latency<") for path in paths) >= len(paths) - 1
     step = next(step for step in recognise(model).steps if isinstance(step, Bottleneck))
-    assert fast.path(step) == "cuda bfloat16, latency or portable"  # 64 channels in the middle
+    assert fast.path(step) == "cuda bfloat16, portable or latency"  # 64 channels in the middle
     difference = (y.double() - expected.double()).norm() / expected.double().norm()
     assert difference < 2e-2
 
@@ -366,6 +366,10 @@ def test_rules_choose_by_the_work_there_is() -> None:
     assert everything.choose(1, 64, 64) == "latency"
     assert blocks.Block(Packed, {"throughput": Packed}).choose(1, 64, 64) == "portable"
     assert blocks.Block(Packed, {}).choose(64, 64, 64) == "portable"
+    clusters = blocks.Block(Packed, {"latency": Packed})
+    assert clusters.choose(64, 64, 64) == "portable"
+    assert clusters.choose(8, 64, 64) == "latency"
+    assert clusters.names == ("portable", "latency")
     assert blocks.tiles(2, 17, 16) == 4
     for rule in blocks.RULES:
         assert rule.kernel == "portable" or rule.kernel in evidence.FEATURES

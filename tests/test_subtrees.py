@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hgfast.models import hourglass
@@ -19,7 +21,7 @@ def parts(plan: Plan) -> tuple[list[Step], dict[int, int]]:
 
 def found(plan: Plan, outputs: tuple[int, ...] = ()) -> list[subtrees.Subtree]:
     steps, pools = parts(plan)
-    return subtrees.find(steps, pools, outputs, lambda block: block.project is None)
+    return subtrees.find(steps, plan.steps, pools, outputs, lambda block: block.project is None)
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
@@ -61,14 +63,27 @@ def test_a_result_that_others_want_ends_a_chain() -> None:
     assert all(len(c.steps) < len(whole.steps) for c in shorter)
 
 
+def test_a_reader_inside_another_launch_ends_a_chain() -> None:
+    """What follows an hourglass is one launch, whose later steps read x too."""
+    plan = recognise(hourglass(stacks=1, features=64, blocks=1, depth=2, joints=3))
+    whole = max(found(plan), key=lambda chain: len(chain.steps))
+    steps, pools = parts(plan)
+    wanted = whole.steps[3].output
+    later = replace(steps[-1], inputs=(*steps[-1].inputs, wanted))
+    chains = subtrees.find(steps, (*plan.steps, later), pools, (), lambda b: b.project is None)
+    assert all(wanted not in {step.output for step in c.steps[:-1]} for c in chains)
+
+
 def test_a_block_that_does_not_fit_ends_a_chain() -> None:
     plan = recognise(hourglass(stacks=1, features=64, blocks=1, depth=2, joints=3))
     whole = max(found(plan), key=lambda chain: len(chain.steps))
     steps, pools = parts(plan)
     bad = whole.steps[2]
-    chains = subtrees.find(steps, pools, (), lambda b: b.project is None and b is not bad)
+    chains = subtrees.find(
+        steps, plan.steps, pools, (), lambda b: b.project is None and b is not bad
+    )
     assert all(bad not in chain.steps for chain in chains)
-    assert not subtrees.find(steps, pools, (), lambda _: False)
+    assert not subtrees.find(steps, plan.steps, pools, (), lambda _: False)
 
 
 def test_only_small_maps_of_few_images_fit() -> None:

@@ -321,8 +321,8 @@ class Candidate:
     dtype: str  #: "float32", "TF32", "bf16", "fp16"; "medium": a float32 model, bf16 inside
     channels_last: bool = False
     #: Of torch.compile; "contiguous": where hgfast is not in channels_last; of a network in hgfast:
-    #: its unproven kernels, or "cuda_graph": it replays graphs of its own, with the copies in and
-    #: out that this takes.
+    #: the unproven features that are switched on, and "cuda_graph" where it replays graphs of its
+    #: own, with the copies in and out that this takes.
     mode: str = ""
     graph: bool = False  #: under a CUDA graph that is captured here
 
@@ -389,8 +389,10 @@ class Candidate:
         model = model.eval().requires_grad_(False).to(dtype, memory_format=layout)
         if self.kind == "hgfast":
             precision = "medium" if self.dtype != "float32" else "highest"
-            own = self.mode == "cuda_graph"
-            with asked_for("" if own else self.mode, alone=not case.is_network):
+            features = [word for word in self.mode.split(",") if word]
+            own = "cuda_graph" in features
+            unproven = ",".join(word for word in features if word != "cuda_graph")
+            with asked_for(unproven, alone=not case.is_network):
                 model = hgfast.optimize(model, precision, inplace=True, strict=True, cuda_graph=own)
         if self.kind == "compile":
             how: dict[str, Any] = {"mode": self.mode} if self.mode != "default" else {}
@@ -487,8 +489,13 @@ NETWORK_TIERS: dict[str, tuple[Candidate, ...]] = {
     # In kernels that hgfast does not take unasked before a run like this has spoken for them.
     "unproven": (
         ANCHOR,
-        *(replace(ANCHOR, mode=kernels) for kernels in ("stem", "head", "throughput", "latency")),
+        *(
+            replace(ANCHOR, mode=feature)
+            for feature in ("stem", "head", "throughput", "latency", "branches")
+        ),
         replace(ANCHOR, mode="stem,head,throughput,latency"),
+        replace(ANCHOR, mode="stem,head,throughput,latency,branches"),
+        replace(OWN_GRAPH, mode="cuda_graph,branches"),
     ),
     "compile": (ANCHOR, *both(compiled("default"))),
     "autotune": (
@@ -527,7 +534,7 @@ class Item:
 #: A tier's limit in seconds, for an op and for a network.
 LIMITS = {
     "main": (40, 90), "dtypes": (40, 120), "compile": (90, 180), "autotune": (180, 420),
-    "unproven": (40, 90),
+    "unproven": (40, 120),
     "decode": (60, 0), "decode and others": (60, 0),
 }  # fmt: skip
 

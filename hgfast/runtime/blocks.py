@@ -31,15 +31,18 @@ class Rule:
 #: The first rule that holds, and whose kernel is there, decides.
 RULES = (
     Rule("throughput", 132, "a tile for each multiprocessor of an H200: fewer leave some idle"),
+    Rule("portable", 132, "so much work for a block that the kernel above does not take"),
     Rule("latency", 0, "below, blocks of a cluster share a tile and its weights"),
     Rule("portable", 0, "everything else, and every other GPU"),
 )
 
 #: An upper branch whose last block has fewer tiles than this runs beside the lower one, where that
 #: feature is switched on: half of an H200's multiprocessors, at a tile each. The lower branch has a
-#: quarter of its pixels, and so has the next upper one, so that all fit beside each other; with
-#: more, blocks would take multiprocessors from those that others wait for, and the join, which then
-#: is a launch of its own, would write and read more than it saves. An argument, not a measurement.
+#: quarter of its pixels, and so has the next upper one, so that there is work for less than the
+#: whole GPU. The kernels cut so little into finer pieces, which spend their time on weights and
+#: barriers; those of two branches can share multiprocessors. With more work they only take them
+#: from each other, and the join, then a launch of its own, is not paid for. An argument, not a
+#: measurement.
 BESIDE_BELOW = 66
 
 
@@ -71,7 +74,7 @@ class Block:
     @property
     def names(self) -> tuple[str, ...]:
         """Its kernels, in the order in which they are asked."""
-        return tuple(rule.kernel for rule in self._rules)
+        return tuple(dict.fromkeys(rule.kernel for rule in self._rules))
 
     def kernel(self, name: str) -> Any:
         """One of its kernels, packed."""

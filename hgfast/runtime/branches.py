@@ -66,6 +66,19 @@ class Turn:
     dead: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Branch:
+    """What runs beside the rest.
+
+    Attributes:
+        place: the launch behind which it can begin, or BEGIN.
+        members: the launches that only it needs, in front of the upper part itself.
+    """
+
+    place: int
+    members: tuple[int, ...]
+
+
 #: Stands in ``Turn.waits`` for all that lane 0 was given before the first turn.
 BEGIN = -1
 
@@ -93,8 +106,8 @@ def schedule(
 
 def _branches(
     launches: Sequence[Launch], outputs: Collection[int], wanted: Callable[[Launch], bool]
-) -> dict[int, tuple[int, ...]]:
-    """The launches to split, and those in front of each that only it needs, by index."""
+) -> dict[int, _Branch]:
+    """The launches to split, by index, each with its branch."""
     at = _places(launches)
     readers: dict[int, set[int]] = {}
     for index, launch in enumerate(launches):
@@ -102,9 +115,9 @@ def _branches(
             readers.setdefault(number, set()).add(index)
     found = {}
     for index, launch in enumerate(launches):
-        if launch.low is None or not launch.movable or launch.low in launch.upper_reads:
+        if not launch.movable or not _is_sum(launch):
             continue
-        branch, needs = {index}, set()
+        branch, needs = {index}, {BEGIN}
         waiting = list(launch.upper_reads)
         while waiting:
             number = waiting.pop()
@@ -114,10 +127,17 @@ def _branches(
                 waiting += launches[maker].reads
             else:
                 needs.add(maker)
+        place = max(needs - branch)
         # Where the lower branch is over before the upper one could begin, nothing runs beside it.
-        if at.get(launch.low, BEGIN) > max(needs - branch, default=BEGIN) and wanted(launch):
-            found[index] = tuple(sorted(branch - {index}))
+        if launch.low is not None and at.get(launch.low, BEGIN) > place and wanted(launch):
+            found[index] = _Branch(place, tuple(sorted(branch - {index})))
     return found
+
+
+def _is_sum(launch: Launch) -> bool:
+    """Whether a launch has two parts, with one value between them."""
+    once = launch.low is not None and launch.reads.count(launch.low) == 1
+    return once and len(launch.gives) == 1 and len(launch.reads) > 1
 
 
 def _belongs(
@@ -129,41 +149,41 @@ def _belongs(
     return launch.movable and launch.low is None and not others and not kept
 
 
-def _in_lanes(launches: Sequence[Launch], branches: dict[int, tuple[int, ...]]) -> list[Turn]:
-    """All turns in their order, without what they wait for."""
-    at = _places(launches)
-    owner = {member: index for index, members in branches.items() for member in members}
-    ready: dict[int, list[int]] = {}  # what to split, by the launch behind which its upper part is
-    for index in branches:
-        place = max((at.get(number, BEGIN) for number in launches[index].upper_reads), default=-1)
-        ready.setdefault(place, []).append(index)
+def _in_lanes(launches: Sequence[Launch], branches: dict[int, _Branch]) -> list[Turn]:
+    """All turns in their order, without what they wait for.
+
+    A branch comes as early as it can, since the network's own order may have it last.
+    """
+    moved = {member for branch in branches.values() for member in branch.members}
     turns: list[Turn] = []
     lanes: dict[int, int] = {}  # of the open branches
 
-    def lane_of(branch: int) -> int:
-        if branch not in lanes:
+    def begin_behind(place: int) -> None:
+        for index, branch in branches.items():
+            if branch.place != place:
+                continue
             taken = set(lanes.values())
-            lanes[branch] = next(n for n in range(1, len(taken) + 2) if n not in taken)
-        return lanes[branch]
-
-    def begin(place: int) -> None:
-        for index in ready.get(place, ()):
+            lane = lanes[index] = next(n for n in range(1, len(taken) + 2) if n not in taken)
+            turns.extend(_whole(launches, member, lane) for member in branch.members)
             launch = launches[index]
             upper = (upper_value(launch.gives[0]),)
-            turns.append(Turn(index, "upper", lane_of(index), upper, launch.upper_reads))
+            turns.append(Turn(index, "upper", lane, upper, launch.upper_reads))
 
-    begin(BEGIN)
+    begin_behind(BEGIN)
     for index, launch in enumerate(launches):
         if index in branches:
             assert launch.low is not None
             reads = (launch.low, upper_value(launch.gives[0]))
             turns.append(Turn(index, "join", 0, launch.gives, reads))
             del lanes[index]
-        else:
-            lane = lane_of(owner[index]) if index in owner else 0
-            turns.append(Turn(index, "whole", lane, launch.gives, launch.reads))
-        begin(index)
+        elif index not in moved:
+            turns.append(_whole(launches, index, 0))
+        begin_behind(index)
     return turns
+
+
+def _whole(launches: Sequence[Launch], index: int, lane: int) -> Turn:
+    return Turn(index, "whole", lane, launches[index].gives, launches[index].reads)
 
 
 class _Order:

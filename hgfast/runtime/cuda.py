@@ -387,7 +387,7 @@ class CudaExecutor:
             else:
                 continue
             begins.append(step)
-        self._subtrees = self._bind_subtrees(begins, pools)
+        self._subtrees = self._bind_subtrees(begins, steps, pools)
         return self._with_dead(arranged)
 
     def _with_dead(self, launches: Sequence[_Launch]) -> list[_Launch]:
@@ -400,7 +400,7 @@ class CudaExecutor:
         return result[::-1]
 
     def _bind_subtrees(
-        self, steps: Sequence[Step], pools: Mapping[int, int]
+        self, steps: Sequence[Step], every: Sequence[Step], pools: Mapping[int, int]
     ) -> list[tuple[int, Subtree, _Launch]]:
         """The chains of blocks that may be one launch, by the number of their first launch."""
         kernel = self._kernels.subtree
@@ -412,7 +412,7 @@ class CudaExecutor:
             return block is not None and "latency" in block.names and step.project is None
 
         bound = []
-        for subtree in subtrees.find(steps, pools, self._outputs, fits):
+        for subtree in subtrees.find(steps, every, pools, self._outputs, fits):
             blocks_ = [self._blocks[step.output].kernel("latency") for step in subtree.steps]
             links = [(link.source, link.pool, link.low) for link in subtree.links]
             try:

@@ -63,6 +63,7 @@ class Subtree:
 
 def find(
     steps: Sequence[Step],
+    every: Sequence[Step],
     pools: Mapping[int, int],
     outputs: Collection[int],
     fits: Callable[[Bottleneck], bool],
@@ -70,7 +71,9 @@ def find(
     """The chains among a Plan's steps, of at least two; the larger before those inside it.
 
     Args:
-        steps: in order, without the poolings that are a block's prologue.
+        steps: in order, without the poolings that are a block's prologue; of several steps that
+            are one launch the first.
+        every: all of them.
         pools: those, as the value they give -> the value they pool.
         outputs: the Plan's.
         fits: whether the kernel takes a block.
@@ -81,7 +84,7 @@ def find(
             continue
         chain = _chain(steps[first : first + MOST_STEPS], pools, fits)
         count = len(chain)
-        while count > 1 and not _is_closed(steps, first, count, pools, outputs):
+        while count > 1 and not _is_closed([b for b, _ in chain[:count]], every, pools, outputs):
             count -= 1
         if count > 1:
             blocks, links = zip(*chain[:count], strict=True)
@@ -109,20 +112,20 @@ def _chain(
 
 
 def _is_closed(
-    steps: Sequence[Step],
-    first: int,
-    count: int,
+    chain: Sequence[Step],
+    every: Sequence[Step],
     pools: Mapping[int, int],
     outputs: Collection[int],
 ) -> bool:
-    """Whether of so many steps nobody else reads a result but the last one's."""
-    inside = range(first, first + count)
-    hidden = {steps[i].output for i in inside[:-1]}
+    """Whether of these steps nobody else reads a result but the last one's."""
+    inside = {step.output for step in chain}
+    hidden = inside - {chain[-1].output}
     if not hidden.isdisjoint(outputs):
         return False
+    # A pooling that is a prologue counts as its one reader.
     return not any(
         pools.get(number, number) in hidden
-        for i, step in enumerate(steps)
-        if i not in inside
+        for step in every
+        if step.output not in inside and step.output not in pools
         for number in step.inputs
     )

@@ -29,10 +29,12 @@ from gpu_checks import (
     synchronise,
 )
 from graph_double import Double, recorded
+from graph_double import Lanes as DoubleLanes
 from torch import Tensor, nn
 
 import hgfast
-from hgfast.runtime import cuda, evidence, graphs
+from hgfast.runtime import branches, cuda, evidence, graphs
+from hgfast.runtime.lanes import Lanes
 
 require_device()
 
@@ -51,6 +53,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Double | None]:
     emulated = cuda.Kernels(kernels, kernel_ops, DEVICE)
     for name in ("bottleneck", "stem", "head"):
         setattr(emulated, name, recorded(getattr(emulated, name), made))
+    for name, kernel in emulated.special.items():
+        emulated.special[name] = kernel and recorded(kernel, made)
+    emulated.streams = DoubleLanes(made)
 
     def choose(plan: Any, weights: Any, precision: str, as_computed: bool = False) -> Any:
         dtype = next(iter(weights.values())).dtype
@@ -363,6 +368,113 @@ def test_dropped_while_replays_are_under_way() -> None:
         assert same(y, wanted)
 
 
+# ---- skip branches beside the rest ----
+
+
+@pytest.fixture
+def schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[branches.Turn, ...]]:
+    """Branches are switched on; what ran in lanes."""
+    monkeypatch.setenv(evidence.UNPROVEN, "branches")
+    seen: list[tuple[branches.Turn, ...]] = []
+    run = Lanes.run
+
+    def spy(self: Lanes, turns: Any, launch: Any) -> None:
+        seen.append(turns)
+        run(self, turns, launch)
+
+    monkeypatch.setattr(Lanes, "run", spy)
+    return seen
+
+
+def assert_ran_beside(turns: tuple[branches.Turn, ...], lanes: int = 3) -> None:
+    assert branches.lanes(turns) == lanes
+    assert any(turn.part == "join" for turn in turns)
+
+
+@pytest.mark.parametrize("features", ["branches", "latency,branches"])
+@torch.inference_mode()
+def test_branches_beside_the_rest(
+    features: str, schedules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As right as in a row, to a rounding of each join; on Hopper also where launches begin before
+    the one in front has ended."""
+    monkeypatch.setenv(evidence.UNPROVEN, features)
+    model = network()
+    fast = graphed(model)
+    for batch, size in ((1, 32), (some(4, 2), 32), (1, some(64, 16))):
+        x = image(batch, batch, size)
+        assert hgfast.verify(model, fast, x).ok
+        for seed in range(3):
+            x = image(seed, batch, size)
+            for given, wanted in zip(leaves(fast(x)), leaves(model(x)), strict=True):
+                torch.testing.assert_close(given, wanted, rtol=0.1, atol=0.1)
+    assert len(schedules) == 3
+    for turns in schedules:
+        assert_ran_beside(turns)
+    assert "branches" in hgfast.report(fast).unproven
+
+
+@torch.inference_mode()
+def test_branches_in_ten_thousand_replays_give_the_same_bits(schedules: Any) -> None:
+    """Two shapes share the pool's memory; inputs change in between."""
+    fast = graphed(network())
+    cases = [image(1, 1, 32), image(2, some(4, 2), some(64, 16))]
+    for x in cases:
+        for _ in range(2):
+            fast(x)
+    first = [fast(x)[-1] for x in cases]
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for turn in range(some(10000, 8)):
+        x, wanted = cases[turn % 2], first[turn % 2]
+        if turn % 8 == 7:
+            fast(-x)  # what it leaves must not be seen
+            continue
+        wrong += (fast(x)[-1] != wanted).any()
+    assert int(wrong) == 0
+    assert len(schedules) == 2
+
+
+@torch.inference_mode()
+def test_branches_need_a_capture_and_little_work(schedules: Any) -> None:
+    """Outside of one, and for large batches, the bits are those without."""
+    model = network()
+    x, large = image(1, 1, 32), image(1, some(66, 17), some(64, 32))
+    fast, in_a_row = graphed(model), plain(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(evidence.UNPROVEN)
+        without = plain(model)
+        wanted = [without(x), without(large)]
+    assert same(in_a_row(x), wanted[0])
+    if not REHEARSAL:
+        for _ in range(3):
+            assert same(fast(large), wanted[1])
+    assert schedules == []
+    for _ in range(2):
+        fast(x)
+    assert len(schedules) == 1
+
+
+@only_a_device
+@torch.inference_mode()
+def test_branches_in_a_capture_of_ones_own(schedules: Any) -> None:
+    """Also through torch.cuda.graph, twice at once from two graphs, and twice in one."""
+    model = network()
+    fast = plain(model)
+    x = image(0, 1, 32)
+    pairs = [captured(lambda: fast(x)[-1]) for _ in range(2)]
+    twice, both = captured(lambda: fast(x)[-1] + fast(x)[-1])
+    assert len(schedules) == 3  # the second run in a capture is in a row
+    for seed in range(1, 4):
+        x.copy_(image(seed, 1, 32))
+        for replay, _ in pairs:
+            replay()
+        twice()
+        synchronise()
+        assert torch.equal(pairs[0][1], pairs[1][1])
+        torch.testing.assert_close(pairs[0][1], model(x)[-1], rtol=0.1, atol=0.1)
+        torch.testing.assert_close(both, 2 * pairs[0][1], rtol=0.1, atol=0.1)
+
+
 # ---- memory ----
 
 
@@ -401,6 +513,29 @@ def test_memory_is_at_most_eagers(batch: int) -> None:
     kept = torch.cuda.memory_allocated() - before
     assert kept <= extra + slack
     assert kept + peak_of(lambda: fast(x)) <= eager + extra + slack
+
+
+@only_a_device
+@torch.inference_mode()
+def test_memory_with_branches(schedules: Any) -> None:
+    """While it is made the maps of the upper branches come on top; a graph keeps no more."""
+    size = 256
+    model = network().to(memory_format=torch.channels_last)
+    x = image(1, 1, size).contiguous(memory_format=torch.channels_last)
+    eager = peak_of(lambda: model(x))
+    extra = x.nbytes + sum(y.nbytes for y in leaves(model(x)))
+    slack = 512 * 2 * (1 + len(leaves(model(x))))
+    maps = 2 * sum(64 * (size // n) ** 2 * x.element_size() for n in (4, 8))  # stacks, levels
+    fast = graphed(model)
+    fast(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fast(x)  # captures
+    torch.cuda.synchronize()
+    assert len(schedules) == 1
+    assert torch.cuda.max_memory_allocated() - before <= eager + extra + maps + slack
+    assert torch.cuda.memory_allocated() - before <= extra + slack
 
 
 @only_a_device
