@@ -101,8 +101,7 @@ void bind_cuda(pybind11::module_& m) {
            arg("low") = py::none(), arg("pooled") = false)
       .def("tensors", &CudaHopperBottleneck::tensors)
       .def_static("obstacle", torch::wrap_pybind_function(&CudaHopperBottleneck::obstacle),
-                  arg("device"), arg("in"), arg("middle"), arg("out"),
-                  arg("project") = false);
+                  arg("device"), arg("in"), arg("middle"), arg("out"), arg("project") = false);
   m.def(
       "hopper_bottleneck_variants", [] { return rows(cuda::hopper_bottleneck_variants()); },
       "Every instance of the bottleneck kernel for Hopper, and the shared memory of a block.");

@@ -3,8 +3,8 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cuda_binding.h"
-#include "cuda_hopper.h"
-#include "cuda_latency.h"
+#include "cuda_hopper_bottleneck.h"
+#include "cuda_hopper_latency.h"
 
 namespace hgfast {
 

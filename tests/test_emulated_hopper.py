@@ -368,7 +368,7 @@ def test_rules_choose_by_the_work_there_is() -> None:
     assert blocks.Block(Packed, {}).choose(64, 64, 64) == "portable"
     clusters = blocks.Block(Packed, {"latency": Packed})
     assert clusters.choose(64, 64, 64) == "portable"
-    assert clusters.choose(8, 64, 64) == "latency"
+    assert clusters.choose(1, 64, 64) == "latency"
     assert clusters.names == ("portable", "latency")
     assert blocks.tiles(2, 17, 16) == 4
     for rule in blocks.RULES:
@@ -408,12 +408,12 @@ extern "C" const char* run(void** arrays) {
 RACE = ("race", "copy in flight", "uninitialised")
 MUTANTS = {
     "a stage is read before it is full": (
-        "    wait_own_barrier(full(stage), at.parity);\n",
+        "    wait_barrier(full(stage), at.parity);\n",
         "",
         RACE,
     ),
     "a stage is filled before it is empty": (
-        "if (!first_round) wait_own_barrier(empty(stage), at.parity ^ 1);",
+        "if (!first_round) wait_barrier(empty(stage), at.parity ^ 1);",
         "",
         (*RACE, "too many arrivals", "deadlock"),
     ),

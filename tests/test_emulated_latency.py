@@ -344,6 +344,12 @@ def test_chains_that_are_none(steps: list[tuple[int, bool, int]], message: str) 
         emulator.CudaLatencySubtree(blocks, steps)
 
 
+def test_a_chain_whose_maps_find_no_room() -> None:
+    blocks = [packed(bottleneck_weights(512, 128, 512), torch.bfloat16) for _ in BELOW]
+    with pytest.raises(ValueError, match=r"expected maps of 8x8 pixels that find room .* of 512"):
+        emulator.CudaLatencySubtree(blocks, BELOW)
+
+
 def test_maps_that_fit_no_chain() -> None:
     blocks = [packed(bottleneck_weights(32, 32, 32), torch.bfloat16) for _ in range(2)]
     chain = emulator.CudaLatencySubtree(blocks, [(-1, False, -1), (0, False, 0)])
@@ -436,11 +442,11 @@ MUTANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         ("ended too early", "deadlock"),
     ),
     "weights are not waited for": (
-        {"    wait_own_barrier(filled(ring.slot), ring.parity);\n": ""},
+        {"    wait_barrier(filled(ring.slot), ring.parity);\n": ""},
         ("copy in flight", *RACE, "ended too early"),
     ),
     "a slot is filled again before all warps are done with it": (
-        {"        wait_own_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);\n": ""},
+        {"        wait_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);\n": ""},
         (*RACE, "copy in flight"),
     ),
     "one lane says that its warp is done before the others are": (

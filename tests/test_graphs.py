@@ -274,11 +274,11 @@ def test_a_capture_that_failed_once_is_tried_again(double: Double) -> None:
     for _ in range(2):
         check(executor, plain, image())
     plain.synchronises = False
-    for _ in range(PATIENCE):
+    while double.captures == 0 and plain.runs < 10 * PATIENCE:
+        runs = plain.runs
         check(executor, plain, image())
-    assert (len(notes), double.captures) == (1, 0 if double.replays == 0 else 1)
-    check(executor, plain, image())
-    assert double.captures == 1
+    assert (len(notes), double.captures) == (1, 1)
+    assert runs >= PATIENCE  # not at once
 
 
 def test_a_pool_is_new_once_all_its_graphs_are_gone(double: Double) -> None:
@@ -862,7 +862,7 @@ class Cuda:
     def graph_pool_handle(self) -> Any:
         return "a pool"
 
-    def Stream(self, device: Any) -> Any:  # noqa: N802
+    def Stream(self, device: Any, priority: int = 0) -> Any:  # noqa: N802
         return self.current_stream(device, "side")
 
     def current_stream(self, device: Any, name: str | None = None) -> Any:

@@ -1,5 +1,6 @@
 // What waiting costs on this GPU, in nanoseconds a time: the numbers that decide how a network of
-// small maps is cut into kernels. Prints JSON: {"name": value, ...}; what a GPU cannot do is null.
+// small maps is cut into kernels. Prints JSON: {"name": value, ...}; what a GPU cannot do is null
+// or is not there.
 //
 //   nvcc -std=c++17 -O3 -arch=native costs.cu -o costs && ./costs
 //

@@ -115,6 +115,13 @@ cudaError_t shared_memory_of_a_block(int& bytes) {
   return error;
 }
 
+cudaError_t is_hopper(bool& there) {
+  Device device{};
+  if (const auto error = current_device(device)) return error;
+  there = device.major == 9 && device.minor == 0;
+  return cudaSuccess;
+}
+
 bool choose_bottleneck(const BottleneckParams& p, int multiprocessors, int shared_limit,
                        BottleneckVariant& variant) {
   return choose(p, multiprocessors, shared_limit, variant) != nullptr;

@@ -1,7 +1,8 @@
 // Everything that a kernel asks of the machine it runs on: the only header of csrc/cuda that names
-// an instruction, but for hopper.cuh, which has what only Hopper can. Under HGFAST_EMULATE the same functions are models that run on a CPU and look for
-// mistakes (csrc/emulator, docs/emulator.md); that is why kernels reach shared and global memory
-// through the functions here alone, and never through a pointer of their own.
+// an instruction, but for hopper.cuh, which has what only Hopper can. Under HGFAST_EMULATE the same
+// functions are models that run on a CPU and look for mistakes (csrc/emulator, docs/emulator.md);
+// that is why kernels reach shared and global memory through the functions here alone, and never
+// through a pointer of their own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -97,6 +98,15 @@ HGFAST_DEVICE float2 load_global_now(const float* address) {
                : "=f"(value.x), "=f"(value.y)
                : "l"(address)
                : "memory");
+  return value;
+}
+// 16 bytes that the kernel in front may have written after this one began. load_global() is for
+// what nobody writes from the kernel's begin on: its cache need not see what came since.
+HGFAST_DEVICE uint4 load_written(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address));
   return value;
 }
 template <class V>

@@ -109,13 +109,15 @@ HGFAST_DEVICE void arrive_at(Barrier barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// Waits until the phase of that parity is over: 0 for the first one. What was done before its
-// arrivals, also in other blocks of the cluster, and what its copies brought, is there then.
+// Waits until the phase of that parity is over: 0 for the first one. What the block's threads did
+// before their arrivals, and what its copies brought, is there then; what threads of other blocks
+// wrote is not, that takes a barrier of the cluster. (Waiting for them here would drop what the
+// multiprocessor has in its L1 cache.)
 HGFAST_DEVICE void wait_barrier(Barrier barrier, int parity) {
   asm volatile(
       "{.reg .pred over;\n\t"
       "again:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n\t"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%0], %1;\n\t"
       "@!over bra again;}" ::"r"(barrier),
       "r"(parity)
       : "memory");
@@ -195,6 +197,18 @@ HGFAST_HOST_DEVICE constexpr uint64_t operand(Shared start, int columns, int row
 
 // Before the first product, and wherever threads have touched sums or fragments since.
 HGFAST_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Sums, or a fragment, are in these registers here: the compiler, which knows nothing of products
+// under way, moves no access to them across this. To stand before begin_products(), where threads
+// have touched them, and behind the wait for the products.
+template <int n>
+HGFAST_DEVICE void settle(float (&sums)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+HGFAST_DEVICE void settle(uint32_t (&fragment)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragment[i])::"memory");
+}
 // Closes this warp's group of products begun since the last call.
 HGFAST_DEVICE void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -330,32 +344,6 @@ HGFAST_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wai
 // The kernel behind this one may begin, as far as there is room.
 HGFAST_DEVICE void let_next_kernel_begin() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// ---- More of barriers
-// --------------------------------------------------------------------------------
-
-// As wait_barrier(), where other blocks arrive behind reads alone, or not at all: without dropping
-// what the multiprocessor has of global memory in its L1 cache, as one that waits for what other
-// blocks wrote must.
-HGFAST_DEVICE void wait_own_barrier(Barrier barrier, int parity) {
-  asm volatile(
-      "{.reg .pred over;\n\t"
-      "again:\n\t"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 over, [%0], %1;\n\t"
-      "@!over bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// 16 bytes that the kernel in front may have written after this one began. load_global() is for
-// what nobody writes from the kernel's begin on: its cache need not see what came since.
-HGFAST_DEVICE uint4 load_written(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
 }
 
 }  // namespace hgfast::cuda

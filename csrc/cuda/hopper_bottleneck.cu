@@ -1,7 +1,7 @@
 // The instances of the bottleneck kernel for Hopper, and their launch.
-#include "hopper_bottleneck.cuh"
-
 #include <algorithm>
+
+#include "hopper_bottleneck.cuh"
 
 namespace hgfast::cuda {
 
@@ -40,13 +40,6 @@ bool sensible(const HopperBottleneckParams& params) {
 }
 
 }  // namespace
-
-cudaError_t is_hopper(bool& there) {
-  Device device{};
-  if (const auto error = current_device(device)) return error;
-  there = device.major == 9 && device.minor == 0;
-  return cudaSuccess;
-}
 
 bool hopper_bottleneck_fits(int in, int middle, int out) {
   return middle == HopperTape::kMiddle && in > 0 && in % HopperTape::kColumns == 0 && out > 0 &&

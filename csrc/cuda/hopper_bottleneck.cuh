@@ -117,7 +117,7 @@ struct HopperProducer : HopperLayout {
   // The next stage, once nobody in the cluster reads it any more; so many bytes will come.
   HGFAST_DEVICE int next(int bytes) {
     const int stage = at.number;
-    if (!first_round) wait_own_barrier(empty(stage), at.parity ^ 1);
+    if (!first_round) wait_barrier(empty(stage), at.parity ^ 1);
     arrive_expecting(full(stage), bytes);
     at.advance();
     if (at.number == 0) first_round = false;
@@ -212,7 +212,7 @@ struct HopperConsumer : HopperLayout {
 
   HGFAST_DEVICE int take() {
     const int stage = at.number;
-    wait_own_barrier(full(stage), at.parity);
+    wait_barrier(full(stage), at.parity);
     at.advance();
     return stage;
   }
@@ -290,12 +290,15 @@ struct HopperConsumer : HopperLayout {
     for (int k = 0; k < 2; ++k) {
       load_matrices(a[k], piece(slice, matrix_row, k * 2 + column));
       if (normed) activate(a[k], channel + k * 16);
+      settle(a[k]);
     }
+    settle(sums);
     begin_products();
 #pragma unroll
     for (int k = 0; k < 2; ++k) add_product<T>(sums, a[k], weights(of, half * 2 + k, rows, row));
     commit_products();
     wait_products<0>();
+    settle(sums);
   }
   // Of this group's quarter.
   template <bool normed, int n>
@@ -394,6 +397,7 @@ struct HopperConsumer : HopperLayout {
   HGFAST_DEVICE void conv2(uint32_t (&a)[8][4]) {
     float sums[64];
     start(sums, p.block.b2);
+    settle(sums);
     int before = -1;
 #pragma unroll 1
     for (int i = 0; i < 18; ++i) {
@@ -412,6 +416,7 @@ struct HopperConsumer : HopperLayout {
       before = of;
     }
     wait_products<0>();
+    settle(sums);
     release(before);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
@@ -420,6 +425,7 @@ struct HopperConsumer : HopperLayout {
       a[k][1] = pack_relu<T>(d[2], d[3]);
       a[k][2] = pack_relu<T>(d[4], d[5]);
       a[k][3] = pack_relu<T>(d[6], d[7]);
+      settle(a[k]);
     }
   }
 
@@ -431,11 +437,13 @@ struct HopperConsumer : HopperLayout {
       float sums[32];
       start(sums, p.block.b3 + out);
       const int of = take();
+      settle(sums);
       begin_products();
 #pragma unroll
       for (int k = 0; k < 8; ++k) add_product<T>(sums, t2[k], weights(of, k, HopperTape::kOut));
       commit_products();
       wait_products<0>();
+      settle(sums);
       release(of);
       release_held();  // of the 64 channels before: the ring is not long enough for both
       if (p.block.project) {

@@ -36,9 +36,6 @@ constexpr HopperTape hopper_tape(int in, int out, bool project) {
   return {conv2, conv3, conv3 + out / HopperTape::kOut * output, output};
 }
 
-// Whether the current device is one: sm_90.
-cudaError_t is_hopper(bool& there);
-
 // Whether the kernel computes such a block.
 bool hopper_bottleneck_fits(int in, int middle, int out);
 

@@ -254,6 +254,15 @@ cudaError_t subtree(const SubtreeParams& p, cudaStream_t stream, const char** na
                   : launch_subtree<Float16>(variant, p, stream);
 }
 
+bool subtree_fits(const SubtreeParams& params, int shared_limit) {
+  SubtreeParams p = params;
+  for (int i = 0; i < p.steps; ++i) {
+    const int64_t x = p.source[i] < 0 ? 16 : p.blocks[p.source[i]].height;
+    p.blocks[i].height = p.blocks[i].width = p.source[i] < 0 ? 8 : p.blocks[i].pool ? x / 2 : x;
+  }
+  return arrange<SubtreeConfig<BFloat16>>(p, shared_limit) > 0;
+}
+
 std::vector<BottleneckVariant> subtree_variants() {
   using Config = SubtreeConfig<BFloat16>;
   // 8x8, 4x4, 4x4, 4x4, 8x8 with the upsampled map, 8x8.

@@ -250,7 +250,7 @@ struct LatencyTile {
     let_next_kernel_begin();
     arrive_cluster();  // that this block is there
     wait_for_previous_kernel();
-    wait_own_barrier(vectors_there(), 0);
+    wait_barrier(vectors_there(), 0);
   }
 
   // To the next stage. What the one before held, nobody of this warp needs any more; a stage
@@ -264,7 +264,7 @@ struct LatencyTile {
       if (thread_index() == 0 && again >= 0 && again + slots < stages) {
         const bool wrapped = ring.slot == 0;
         const int into = wrapped ? slots - 1 : ring.slot - 1;
-        wait_own_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);
+        wait_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);
         ask(again + slots, into);
       }
       sync_warp();
@@ -272,7 +272,7 @@ struct LatencyTile {
     ++ring.stage;
     if (++ring.slot == slots) ring.slot = 0;
     if (ring.slot == 0) ring.parity ^= 1;
-    wait_own_barrier(filled(ring.slot), ring.parity);
+    wait_barrier(filled(ring.slot), ring.parity);
   }
 
   // ---- Pixels ----

@@ -110,6 +110,10 @@ cudaError_t latency(const BottleneckParams&, bool programmatic, cudaStream_t,
 // cudaErrorInvalidConfiguration where the maps do not fit into shared memory.
 cudaError_t subtree(const SubtreeParams&, cudaStream_t, const char** variant = nullptr);
 
+// Whether a chain whose first map has 8x8 pixels finds room in so much shared memory. Sizes in the
+// parameters are not read.
+bool subtree_fits(const SubtreeParams&, int shared_limit);
+
 // Its instances, each with the shared memory that six steps of 256 channels ask for. `blocks` is 0.
 std::vector<BottleneckVariant> subtree_variants();
 

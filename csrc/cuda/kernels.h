@@ -73,6 +73,9 @@ cudaError_t runs_here();
 // What a block of threads may have of shared memory on the current device.
 cudaError_t shared_memory_of_a_block(int& bytes);
 
+// Whether the current device is a Hopper: sm_90, for which some kernels are made.
+cudaError_t is_hopper(bool& there);
+
 // One way to run a block: an instance of the kernel.
 struct BottleneckVariant {
   const char* name;  // "bottleneck<bfloat16, 128, 8x16>": element, chunk, tile

@@ -85,6 +85,9 @@ V load_global(const void* address, emulator::Place place = emulator::here()) {
 inline float2 load_global_now(const float* address, emulator::Place place = emulator::here()) {
   return load_global<float2>(address, place);
 }
+inline uint4 load_written(const void* address, emulator::Place place = emulator::here()) {
+  return load_global<uint4>(address, place);
+}
 template <class V>
 void store_global(void* address, V value, emulator::Place place = emulator::here()) {
   emulator::store_global(address, &value, sizeof(V), place);

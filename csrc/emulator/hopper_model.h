@@ -96,6 +96,9 @@ constexpr uint64_t operand(Shared start, int columns, int rows) {
          static_cast<uint64_t>((columns & 0x3ffff) >> 4) << 16 |
          static_cast<uint64_t>((rows & 0x3ffff) >> 4) << 32;
 }
+template <int n>
+void settle(float (&)[n]) {}
+inline void settle(uint32_t (&)[4]) {}
 inline void begin_products(emulator::Place place = emulator::here()) {
   emulator::begin_products(place);
 }
@@ -145,13 +148,5 @@ void raise_registers(emulator::Place place = emulator::here()) {
 }
 inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 inline void let_next_kernel_begin() {}
-
-inline void wait_own_barrier(Barrier barrier, int parity,
-                             emulator::Place place = emulator::here()) {
-  emulator::wait_barrier(barrier, parity, place);
-}
-inline uint4 load_written(const void* address, emulator::Place place = emulator::here()) {
-  return load_global<uint4>(address, place);
-}
 
 }  // namespace hgfast::cuda

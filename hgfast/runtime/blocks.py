@@ -31,7 +31,7 @@ class Rule:
 #: The first rule that holds, and whose kernel is there, decides.
 RULES = (
     Rule("throughput", 132, "a tile for each multiprocessor of an H200: fewer leave some idle"),
-    Rule("portable", 132, "so much work for a block that the kernel above does not take"),
+    Rule("portable", 17, "its blocks fill the GPU; clusters would take turns, and read more of L2"),
     Rule("latency", 0, "below, blocks of a cluster share a tile and its weights"),
     Rule("portable", 0, "everything else, and every other GPU"),
 )

@@ -417,7 +417,7 @@ class CudaExecutor:
             links = [(link.source, link.pool, link.low) for link in subtree.links]
             try:
                 packed = kernel(blocks_, links)
-            except ValueError:  # the blocks differ in their channels
+            except ValueError:  # the blocks differ in their channels, or their maps are too large
                 continue
             work = branches.Launch((subtree.output,), (subtree.reads,))
             launch = _Launch(_one_launch(packed, subtree.reads), work)

@@ -131,7 +131,9 @@ class CudaDevice:
         with _capturing:
             side = _streams.get(self._device)
             if side is None:
-                side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                # torch hands its streams out in turn, 32 of a priority: one of the default's might
+                # be somebody's, whose launches a capture would take for its own.
+                side = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
                 _streams[self._device] = side
             side.wait_stream(current)
             try:
@@ -350,7 +352,11 @@ class GraphedExecutor:
             return captured.run(inputs)
 
     def _key(self, inputs: Sequence[Tensor], formats: Sequence[Any]) -> _Key:
-        """All that decides which kernels a run launches, other than the executor itself."""
+        """What decides which kernels a run launches, other than the executor itself.
+
+        Not torch.backends.cuda.matmul's switches and TF32's: who turns one after a capture keeps
+        what was captured.
+        """
         kind = self._pool.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         cudnn, is_strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()

@@ -59,7 +59,9 @@ class CudaStreams:
         return _CudaEvent(self._device)
 
     def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        # Of the priority that hardly anyone asks for: torch hands out 32 streams of each in turn,
+        # and one that a user has too would be recorded with what they launch on it.
+        return torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
 
     def on(self, stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(stream)

@@ -126,10 +126,12 @@ def pooled(dtype: torch.dtype) -> None:
 
 
 def hopper(dtype: torch.dtype) -> None:
-    """The kernels of one architecture, where this is it: pairs of tiles that hang over the edge,
-    several for each cluster; the warpgroups' with all there is behind, the clusters' with a pool.
+    """The kernels of one architecture, where this is it: tiles that hang over the edge, and so many
+    that a cluster has several; the warpgroups' with all there is behind; a chain of blocks.
     """
+    many = 2 if REHEARSAL else 40
     cases = (
+        ("CudaHopperBottleneck", 128, (64, 64), (many, 18, 20)),
         ("CudaHopperBottleneck", 128, (64, 64), (2, 18, 20)),
         ("CudaHopperBottleneck", 128, (64, 128), (1, 5, 7)),
         ("CudaLatencyBottleneck", 128, (256, 256), (1, 10, 12)),

@@ -1,10 +1,9 @@
-#include "cuda_latency.h"
+#include "cuda_hopper_latency.h"
 
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
-#include "cuda/hopper_bottleneck.h"
 
 #ifdef HGFAST_HOPPER
 
@@ -191,6 +190,13 @@ CudaLatencySubtree::CudaLatencySubtree(const std::string& where,
                       ": expected blocks on one device, given ", tensors_.empty() ? "" : "several");
     tensors_.insert(tensors_.end(), more.begin(), more.end());
   }
+  const c10::OptionalDeviceGuard guard(tensors_[0].device());
+  int shared_bytes = 0;
+  check_launched(where, cuda::shared_memory_of_a_block(shared_bytes));
+  TORCH_CHECK_VALUE(cuda::subtree_fits(params_, shared_bytes), where,
+                    ": expected maps of 8x8 pixels that find room in the ", shared_bytes,
+                    " bytes of a block's shared memory, given ", blocks.size(), " steps of ",
+                    first.out, " channels");
 }
 
 Tensor CudaLatencySubtree::run(const Tensor& x) const {

@@ -1,4 +1,4 @@
-#include "cuda_hopper.h"
+#include "cuda_hopper_bottleneck.h"
 
 #include <c10/core/DeviceGuard.h>
 
