@@ -164,7 +164,6 @@ def count_latency(size: int, batch: int = 1) -> dict[str, Any]:
     counted = emulator.counters()
     blocks = counted["blocks"]
     weights = sum(w[name].numel() for name in ("w1", "w2", "w3"))
-    vectors = 4 * (sum(w[name].numel() for name in ("b1", "b2", "b3")) + 2 * blocks * 256)
     tiles = batch * (-(-size // 8)) ** 2
     return {
         "case": f"{size}x{size} x {batch}",
@@ -180,16 +179,95 @@ def count_latency(size: int, batch: int = 1) -> dict[str, Any]:
         "block_l2_bytes": counted["global_bytes_loaded"] // blocks,
         "block_remote_bytes": counted["remote_bytes"] // blocks,
         "block_products": counted["multiply_adds"] // blocks,
-        "block_shared_bytes": (
-            counted["shared_bytes_loaded"]
-            + counted["shared_bytes_stored"]
-            + counted["bulk_bytes"]
-            + counted["remote_bytes"]
-            + 512 * counted["load_matrices"]
-        )
-        // blocks,
+        "block_shared_bytes": shared_bytes(counted) // blocks,
         "bank_conflicts": counted["matrix_conflicts"],
     }
+
+
+def count_hopper(size: int, batch: int = 1, behind: bool = False) -> dict[str, Any]:
+    """One launch of the kernel on Hopper's warpgroups, 256/128/256; ``behind``: with an upsampled
+    sum, and the result's maximum beside it."""
+    w = bottleneck_weights(*HOURGLASS)
+    block = emulator.CudaHopperBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
+    kinds: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "channels_last"}
+    x = random_map(batch, 256, size, size, **kinds)
+    low = random_map(batch, 256, size // 2, size // 2, **kinds) if behind else None
+    counted = modelled(lambda: block.run(x, low, behind))
+    weights = sum(w[name].numel() for name in ("w1", "w2", "w3"))
+    tiles = batch * (-(-size // 16)) ** 2
+    products = counted["flops"] / (2 * 64 * 128 * 16)  # of 64 x 128 x 16, 64 clocks each
+    return {
+        "case": f"{size}x{size} x {batch}" + (", + low, pooled" if behind else ""),
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "flops": counted["flops"],
+        "flops_of_formula": 2 * batch * size**2 * weights,
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+        # Of a tile: what the copy engine brings, weights for both blocks of a cluster at once.
+        "tile_l2_bytes": (counted["bulk_bytes"] // 2 + counted["tile_bytes"]) // tiles,
+        "tile_stored_bytes": counted["stored_tile_bytes"] // tiles,
+        "operand_bytes_per_clock": counted["operand_bytes"] / (64 * products),
+        "tile_clocks": 64 * products / tiles,
+        "bank_conflicts": counted["matrix_conflicts"],
+    }
+
+
+def hopper_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| map | FLOPs / formula | DRAM bytes / minimum | FLOP / DRAM byte | KB into a tile "
+        "| KB out of it | clocks of products a tile | bytes of operands a clock |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['case']} | {row['flops'] / row['flops_of_formula']:.3f} "
+            f"| {row['dram_bytes'] / row['minimum_bytes']:.3f} "
+            f"| {row['flops_of_formula'] / row['dram_bytes']:.0f} "
+            f"| {row['tile_l2_bytes'] / 1e3:.0f} | {row['tile_stored_bytes'] / 1e3:.0f} "
+            f"| {row['tile_clocks']:.0f} | {row['operand_bytes_per_clock']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def count_subtree() -> dict[str, Any]:
+    """Six 256/128/256 blocks in one launch: what lies below 16x16 in an hourglass of depth 4."""
+    steps = [(-1, True, -1), (0, True, -1), (1, False, -1), (2, False, -1), (0, False, 3)]
+    steps.append((4, False, -1))
+    weights = [bottleneck_weights(*HOURGLASS, seed=i) for i in range(len(steps))]
+    blocks = [
+        emulator.CudaLatencyBottleneck(torch.bfloat16, *(w.get(name) for name in ORDER))
+        for w in weights
+    ]
+    x = random_map(1, 256, 16, 16, dtype=torch.bfloat16, layout="channels_last")
+    emulator.model_memory(True)
+    emulator.CudaLatencySubtree(blocks, steps).run(x)
+    emulator.model_memory(False)
+    counted = emulator.counters()
+    return {
+        "case": "six blocks below 16x16",
+        "kernel": counted["name"],
+        "blocks": counted["blocks"],
+        "minimum_bytes": counted["minimum_bytes"],
+        "dram_bytes": counted["dram_bytes_read"] + counted["dram_bytes_written"],
+        "l2_bytes": counted["global_bytes_loaded"],
+        "block_weights": counted["bulk_bytes"] // counted["blocks"],
+        "block_remote_bytes": counted["remote_bytes"] // counted["blocks"],
+        "block_products": counted["multiply_adds"] // counted["blocks"],
+        "block_shared_bytes": shared_bytes(counted) // counted["blocks"],
+        "shared_memory": counted["shared_bytes"],
+    }
+
+
+def shared_bytes(counted: dict[str, Any]) -> int:
+    """What all blocks over clusters read and write of shared memory."""
+    return int(
+        counted["shared_bytes_loaded"]
+        + counted["shared_bytes_stored"]
+        + counted["bulk_bytes"]
+        + counted["remote_bytes"]
+        + 512 * counted["load_matrices"]
+    )
 
 
 def latency_table(rows: list[dict[str, Any]]) -> str:
@@ -248,13 +326,17 @@ def main() -> None:
         count_head(64, joints, out, pixels)
         for joints, out, pixels in ((17, 256, 128), (0, 256, 128), (17, 0, 128), (17, 256, 32))
     ]
+    emulator.set_device(MULTIPROCESSORS)
     clusters = [count_latency(size) for size in (64, 32, 16, 8, 4)]
+    warpgroups = [count_hopper(64), count_hopper(64, behind=True), count_hopper(32)]
     result = {
         "bottleneck": blocks,
         "upsample_add": joins,
         "stem": stems,
         "head": heads,
         "latency": clusters,
+        "hopper": warpgroups,
+        "subtree": [count_subtree()],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(
@@ -263,6 +345,7 @@ def main() -> None:
         table(stems, "image"),
         table(heads, "wanted"),
         latency_table(clusters),
+        hopper_table(warpgroups),
         sep="\n\n",
     )
 

@@ -71,7 +71,8 @@ list(FILTER CUDA_SOURCES EXCLUDE REGEX "/hopper_[^/]*$")
 add_library(hgfast_cuda OBJECT EXCLUDE_FROM_ALL ${CUDA_SOURCES})
 target_compile_options(hgfast_cuda PRIVATE ${gencode} -Xcompiler=-Wall)
 set(HOPPER OFF)
-if(hopper_sources AND CUDA_ARCHS MATCHES "(^| )9\\.0a")
+# Their tensor maps come from the driver through a function that CUDA 12.5 brought.
+if(hopper_sources AND CUDA_VERSION VERSION_GREATER_EQUAL 12.5 AND CUDA_ARCHS MATCHES "(^| )9\\.0a")
   set(HOPPER ON)
   add_library(hgfast_cuda_hopper OBJECT EXCLUDE_FROM_ALL ${hopper_sources})
   target_compile_options(hgfast_cuda_hopper PRIVATE

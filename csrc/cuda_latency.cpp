@@ -152,6 +152,87 @@ std::string CudaLatencyBottleneck::obstacle(const at::Device& device, int64_t in
                   "at a time and at most 64 of the middle ones each");
 }
 
+CudaLatencySubtree::CudaLatencySubtree(const std::string& where,
+                                       const std::vector<const CudaLatencyBottleneck*>& blocks,
+                                       const std::vector<Step>& steps)
+    : where_(where) {
+  constexpr int kMost = cuda::SubtreeParams::kMostSteps;
+  TORCH_CHECK_VALUE(!blocks.empty() && blocks.size() <= kMost && blocks.size() == steps.size(),
+                    where, ": expected 1 to ", kMost, " blocks and a step for each, given ",
+                    blocks.size(), " and ", steps.size());
+  element_ = blocks[0]->element();
+  const cuda::BottleneckParams& first = blocks[0]->params();
+  const int middle = first.middle;
+  TORCH_CHECK_VALUE((middle == 32 || middle == 64 || middle == 128) && first.out % middle == 0,
+                    where,
+                    ": expected 32, 64 or 128 middle channels, and a multiple of them "
+                    "outside, given ",
+                    first.in, " -> ", middle, " -> ", first.out);
+  params_.steps = static_cast<int>(blocks.size());
+  for (int i = 0; i < params_.steps; ++i) {
+    const cuda::BottleneckParams& p = blocks[i]->params();
+    TORCH_CHECK_VALUE(blocks[i]->element() == element_ && p.in == first.in && p.out == first.in &&
+                          p.middle == middle && !p.project,
+                      where,
+                      ": expected blocks of the same channels and dtype, none projected, "
+                      "given ",
+                      p.in, " -> ", p.middle, " -> ", p.out, " in step ", i);
+    const Step& step = steps[i];
+    TORCH_CHECK_VALUE(step.source < i && step.low < i && step.low >= -1 &&
+                          (i == 0 ? step.source == -1 : step.source >= 0),
+                      where, ": expected step ", i, " to read earlier ones, given ", step.source,
+                      " and ", step.low);
+    params_.blocks[i] = p;
+    params_.blocks[i].pool = step.pool;
+    params_.source[i] = step.source;
+    params_.low[i] = step.low;
+    const std::vector<Tensor> more = blocks[i]->tensors();
+    TORCH_CHECK_VALUE(tensors_.empty() || more[0].device() == tensors_[0].device(), where,
+                      ": expected blocks on one device, given ", tensors_.empty() ? "" : "several");
+    tensors_.insert(tensors_.end(), more.begin(), more.end());
+  }
+}
+
+Tensor CudaLatencySubtree::run(const Tensor& x) const {
+  const Shape shape = map_shape(where_, "x", x);
+  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
+                    x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == tensors_[0].device(), where_, ": expected x on ",
+                    tensors_[0].device(), ", given ", x.device());
+  TORCH_CHECK_VALUE(shape.channels == params_.blocks[0].in, where_, ": expected x of ",
+                    params_.blocks[0].in, " channels, as w1 has, given ", shape);
+  cuda::SubtreeParams p = params_;
+  for (int i = 0; i < p.steps; ++i) {
+    cuda::BottleneckParams& block = p.blocks[i];
+    const int source = p.source[i], low = p.low[i];
+    block.batch = shape.batch;
+    block.x_height = source < 0 ? shape.height : p.blocks[source].height;
+    block.x_width = source < 0 ? shape.width : p.blocks[source].width;
+    block.height = block.pool ? block.x_height / 2 : block.x_height;
+    block.width = block.pool ? block.x_width / 2 : block.x_width;
+    TORCH_CHECK_VALUE(
+        block.height >= 1 && block.width >= 1 && block.height <= 8 && block.width <= 8, where_,
+        ": expected maps of 1x1 to 8x8 pixels, step ", i, " gives ", block.height, "x", block.width,
+        " for ", shape);
+    TORCH_CHECK_VALUE(low < 0 || (block.height == 2 * p.blocks[low].height &&
+                                  block.width == 2 * p.blocks[low].width),
+                      where_, ": expected step ", low, " to give half of the ", block.height, "x",
+                      block.width, " pixels of step ", i, " for ", shape);
+  }
+  const cuda::BottleneckParams& last = p.blocks[p.steps - 1];
+  const c10::OptionalDeviceGuard guard(x.device());
+  const Tensor dense = channels_last(x);
+  Tensor y = empty_map({shape.batch, last.out, last.height, last.width}, x);
+  if (y.numel() == 0) return y;
+  p.blocks[0].x = dense.const_data_ptr();
+  p.blocks[p.steps - 1].y = y.mutable_data_ptr();
+  p.programmatic = launched_.exchange(true);
+  const char* variant = "subtree";
+  check_launched(where_, cuda::subtree(p, current_stream(x.device()), &variant));
+  last_path() = {"cuda", variant};
+  return y;
+}
+
 }  // namespace hgfast
 
 #endif  // HGFAST_HOPPER

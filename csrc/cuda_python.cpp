@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 namespace hgfast {
@@ -117,10 +118,28 @@ void bind_cuda(pybind11::module_& m) {
       .def("tensors", &CudaLatencyBottleneck::tensors)
       .def_static("obstacle", torch::wrap_pybind_function(&CudaLatencyBottleneck::obstacle),
                   arg("device"), arg("in"), arg("middle"), arg("out"), arg("project"));
+  py::class_<CudaLatencySubtree>(
+      m, "CudaLatencySubtree",
+      "A chain of residual blocks on maps of at most 8x8 pixels, in one launch. Immutable.")
+      .def(py::init(torch::wrap_pybind_function(
+               [](const std::vector<const CudaLatencyBottleneck*>& blocks,
+                  const std::vector<std::tuple<int, bool, int>>& steps) {
+                 std::vector<CudaLatencySubtree::Step> program;
+                 for (const auto& [source, pool, low] : steps)
+                   program.push_back({source, pool, low});
+                 return std::make_unique<CudaLatencySubtree>("subtree", blocks, program);
+               })),
+           arg("blocks"), arg("steps"))
+      .def("run", torch::wrap_pybind_function_no_gil(&CudaLatencySubtree::run), arg("x"))
+      .def("tensors", &CudaLatencySubtree::tensors);
   m.def(
       "latency_variants", [] { return rows(cuda::latency_variants()); },
       "Every instance of the bottleneck kernel over clusters, and the shared memory of a block for "
       "256, 128 and 256 channels.");
+  m.def(
+      "subtree_variants", [] { return rows(cuda::subtree_variants()); },
+      "Every instance of the kernel for chains of blocks, and the shared memory of a block for six "
+      "steps of 256 channels.");
 #endif
 }
 

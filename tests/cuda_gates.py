@@ -383,6 +383,8 @@ def variant_of(kernel: str) -> str | None:
         return f"head<{found.group(1).lower()}, {found.group(2)}, {found.group(3)}>"
     if found := re.fullmatch(r"latency_kernel<LatencyConfig<(\w+), (\d+)>>", kernel):
         return f"latency<{found.group(1).lower()}, {16 * int(found.group(2))}>"
+    if found := re.fullmatch(r"subtree_kernel<LatencyConfig<(\w+), 1>>", kernel):
+        return f"subtree<{found.group(1).lower()}>"
     if found := re.fullmatch(r"hopper_bottleneck_kernel<(\w+)>", kernel):
         return f"hopper_bottleneck<{found.group(1).lower()}>"
     found = re.fullmatch(

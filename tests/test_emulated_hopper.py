@@ -261,6 +261,20 @@ def run_on(kernels: cuda.Kernels, model: nn.Module, x: Tensor) -> tuple[cuda.Cud
     return executor, y
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Of each block that runs from now on: its kernel, and whether it pools what it reads."""
+    ran: list[tuple[str, bool]] = []
+    run = blocks.Block.run
+
+    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
+        result = run(block, x, low, pool, pooled)
+        ran.append((emulator.last_path(), pool))
+        return result
+
+    monkeypatch.setattr(blocks.Block, "run", spy)
+    return ran
+
+
 def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -272,15 +286,7 @@ def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
 
     monkeypatch.setenv(evidence.UNPROVEN, "throughput")
     monkeypatch.setattr(blocks, "RULES", [replace(rule, least=0) for rule in blocks.RULES])
-    ran: list[tuple[str, bool]] = []
-    run = blocks.Block.run
-
-    def spy(block: Any, x: Tensor, low: Any, pool: bool, pooled: bool) -> Any:
-        result = run(block, x, low, pool, pooled)
-        ran.append((emulator.last_path(), pool))
-        return result
-
-    monkeypatch.setattr(blocks.Block, "run", spy)
+    ran = watched(monkeypatch)
     fast, y = run_on(kernels, model, x)
     assert fast.features == {"throughput"}
     wide = [pool for path, pool in ran if path == "cuda/hopper_bottleneck<bfloat16>"]
@@ -297,6 +303,58 @@ def test_an_hourglass_runs_in_the_kernels_that_are_switched_on(
     assert difference < 2e-2
 
 
+def test_few_pixels_run_over_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = cuda.Kernels(emulator, Ops, torch.device("cpu"))
+    model, x = wide_hourglass(), image(1, 32, 32).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency,throughput")
+    ran = watched(monkeypatch)
+    fast, y = run_on(kernels, model, x)
+    assert fast.features == {"latency", "throughput"}
+    paths = [path for path, _ in ran]
+    assert sum(path.startswith("cuda/latency<") for path in paths) >= len(paths) - 1
+    step = next(step for step in recognise(model).steps if isinstance(step, Bottleneck))
+    assert fast.path(step) == "cuda bfloat16, portable or latency"  # 64 channels in the middle
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks_apart"),
+    [(32, 0), (64, 0), (128, 3)],  # the first map of the hourglass, pooled: 4x4, 8x8, 16x16
+)
+def test_what_is_small_enough_is_one_launch(
+    monkeypatch: pytest.MonkeyPatch, size: int, blocks_apart: int
+) -> None:
+    """A chain of six blocks, or, where their maps are too large, of the inner three."""
+    torch.manual_seed(1)
+    model = hourglass(stacks=1, features=64, blocks=1, depth=2, joints=3)
+    model = randomise(model).eval().requires_grad_(False)
+    kernels, x = cuda.Kernels(emulator, Ops, torch.device("cpu")), image(1, size, size).bfloat16()
+    monkeypatch.delenv(evidence.UNPROVEN, raising=False)
+    _, expected = run_on(kernels, model, x)
+    monkeypatch.setenv(evidence.UNPROVEN, "latency")
+    ran = watched(monkeypatch)
+    alone: list[str] = []
+    run = emulator.CudaLatencySubtree.run
+
+    class Subtree(emulator.CudaLatencySubtree):  # type: ignore[misc]
+        def run(self, x: Tensor) -> Tensor:
+            result: Tensor = run(self, x)
+            alone.append(emulator.last_path())
+            return result
+
+    kernels.subtree = Subtree
+    _, y = run_on(kernels, model, x)
+    assert len(alone) == 1
+    assert alone[0].startswith("cuda/subtree<")
+    every = sum(isinstance(step, Bottleneck) for step in recognise(model).steps)
+    assert len(ran) == every - 6 + blocks_apart
+    difference = (y.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 2e-2
+
+
 def test_rules_choose_by_the_work_there_is() -> None:
     class Packed:
         def tensors(self) -> list[Tensor]:
@@ -308,6 +366,10 @@ def test_rules_choose_by_the_work_there_is() -> None:
     assert everything.choose(1, 64, 64) == "latency"
     assert blocks.Block(Packed, {"throughput": Packed}).choose(1, 64, 64) == "portable"
     assert blocks.Block(Packed, {}).choose(64, 64, 64) == "portable"
+    clusters = blocks.Block(Packed, {"latency": Packed})
+    assert clusters.choose(64, 64, 64) == "portable"
+    assert clusters.choose(8, 64, 64) == "latency"
+    assert clusters.names == ("portable", "latency")
     assert blocks.tiles(2, 17, 16) == 4
     for rule in blocks.RULES:
         assert rule.kernel == "portable" or rule.kernel in evidence.FEATURES

@@ -262,6 +262,102 @@ def test_wrong_arguments(x: Tensor, low: Tensor | None, pool: bool, message: str
         block.run(x, low, pool)
 
 
+# ---- Chains of blocks ----
+
+#: What lies below 16x16 in an hourglass of depth 4 at 64x64: a step reads the result of an earlier
+#: one (-1: x), pools it or not, and adds the upsampled result of another one (-1: none).
+BELOW = [
+    (-1, True, -1),  # 8x8
+    (0, True, -1),  # 4x4
+    (1, False, -1),
+    (2, False, -1),
+    (0, False, 3),  # the branch at 8x8, and the sum
+    (4, False, -1),
+]
+#: Likewise with maps of 2x2.
+DEEPER = [
+    (-1, True, -1), (0, True, -1), (1, True, -1), (2, False, -1), (1, False, 3), (4, False, -1),
+    (0, False, 5), (6, False, -1),
+]  # fmt: skip
+
+
+def one_by_one(blocks: list[Any], steps: list[tuple[int, bool, int]], x: Tensor) -> Tensor:
+    results: list[Tensor] = []
+    for block, (source, pool, low) in zip(blocks, steps, strict=True):
+        other = None if low < 0 else results[low]
+        results.append(block.run(x if source < 0 else results[source], other, pool))
+    return results[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("channels", "middle", "shape", "steps"),
+    [
+        (256, 128, (1, 16, 16), BELOW),
+        (64, 64, (2, 8, 9), BELOW),
+        (96, 32, (1, 16, 8), DEEPER),
+        (32, 32, (3, 5, 7), [(-1, False, -1)]),
+        (32, 32, (1, 8, 3), [(-1, False, -1), (0, False, -1), (1, False, -1)]),
+    ],
+)
+def test_a_chain_gives_the_bits_of_its_blocks(
+    channels: int,
+    middle: int,
+    shape: tuple[int, int, int],
+    steps: list[tuple[int, bool, int]],
+    dtype: torch.dtype,
+) -> None:
+    """In one launch, in any order of threads; and the weights are read once."""
+    weights = [bottleneck_weights(channels, middle, channels, seed=i) for i in range(len(steps))]
+    blocks = [packed(w, dtype, relu=i % 2 == 1) for i, w in enumerate(weights)]
+    batch, height, width = shape
+    x = random_map(batch, channels, height, width, dtype=dtype)
+    expected = one_by_one(blocks, steps, x)
+    chain = emulator.CudaLatencySubtree(blocks, steps)
+    for seed in (0, 1):
+        emulator.set_seed(seed)
+        y = chain.run(x)
+        assert is_channels_last(y)
+        assert torch.equal(y, expected)
+    c = emulator.counters()
+    cluster = middle // 16
+    assert c["blocks"] == batch * cluster
+    padded = -(-channels // 32) * 32
+    block = 2 * (padded * middle + 9 * middle**2 + middle * channels) + 4 * (2 * middle + channels)
+    assert c["bulk_bytes"] == batch * len(steps) * (block + cluster * 4 * 2 * padded)
+    assert c["shared_bytes"] <= 227 * 1024
+    assert emulator.last_path() == f"cuda/subtree<{str(dtype)[6:]}>"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "expected 1 to 8 blocks and a step for each, given 2 and 0"),
+        ([(-1, False, -1), (1, False, -1)], "expected step 1 to read earlier ones, given 1 and -1"),
+        ([(-1, False, -1), (-1, False, -1)], "expected step 1 to read earlier ones"),
+        ([(-1, False, 0), (0, False, -1)], "expected step 0 to read earlier ones"),
+    ],
+)
+def test_chains_that_are_none(steps: list[tuple[int, bool, int]], message: str) -> None:
+    blocks = [packed(bottleneck_weights(32, 32, 32), torch.bfloat16) for _ in range(2)]
+    with pytest.raises(ValueError, match=f"subtree: {message}"):
+        emulator.CudaLatencySubtree(blocks, steps)
+
+
+def test_maps_that_fit_no_chain() -> None:
+    blocks = [packed(bottleneck_weights(32, 32, 32), torch.bfloat16) for _ in range(2)]
+    chain = emulator.CudaLatencySubtree(blocks, [(-1, False, -1), (0, False, 0)])
+    with pytest.raises(ValueError, match="maps of 1x1 to 8x8 pixels, step 0 gives 9x8"):
+        chain.run(random_map(1, 32, 9, 8, dtype=torch.bfloat16))
+    with pytest.raises(
+        ValueError, match="expected step 0 to give half of the 8x8 pixels of step 1"
+    ):
+        chain.run(random_map(1, 32, 8, 8, dtype=torch.bfloat16))
+    projected = packed(bottleneck_weights(32, 32, 32, project=True), torch.bfloat16)
+    with pytest.raises(ValueError, match="none projected, given 32 -> 32 -> 32 in step 0"):
+        emulator.CudaLatencySubtree([projected], [(-1, False, -1)])
+
+
 # ---- Mutants ----
 
 HEADER = (mutants.CUDA / "hopper_latency.cuh").read_text()
@@ -291,66 +387,81 @@ extern "C" const char* run(void** arrays) {
   p.y = arrays[2];
   p.scale = p.shift = p.b1 = p.b2 = p.b3 = static_cast<const float*>(arrays[3]);
   p.tape = arrays[4];
-  return cudaGetErrorString(latency(p, true, nullptr));
+  if (!static_cast<const int*>(arrays[0])[1])
+    return cudaGetErrorString(latency(p, true, nullptr));
+
+  SubtreeParams chain{};  // of three steps, without a projection
+  chain.programmatic = true;
+  chain.steps = 3;
+  p.project = false;
+  p.height = p.width = p.x_height = p.x_width = 4;
+  p.middle = 32;
+  for (int i = 0; i < 3; ++i) {
+    chain.blocks[i] = p;
+    chain.source[i] = i - 1;
+    chain.low[i] = -1;
+  }
+  return cudaGetErrorString(subtree(chain, nullptr));
 }
 """
 
+# What is planted -> texts of the kernel, each with its replacement, and the kinds of report that
+# are an answer.
 RACE = ("race", "uninitialised")
-MUTANTS = {
+MUTANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "T1 is read before the other blocks have written theirs": (
-        "    wait_cluster();  // T1 is whole\n",
-        "    /* later */\n",
+        {
+            "    wait_cluster();  // T1 is whole\n": "",
+            "    add_parts(sums, ": "    wait_cluster();\n    add_parts(sums, ",
+        },
         RACE,
     ),
     "T2 is read before the other blocks have written theirs": (
-        "if (pass == 0) wait_cluster();  // T2 is whole",
-        "",
+        {"if (pass == 0) wait_cluster();  // T2 is whole": ""},
         (*RACE, "ended too early"),
     ),
+    "a step reads a map before the other blocks have written theirs": (
+        {
+            "    if (kChain) wait_cluster();": "",
+            "    if (!kChain) wait_cluster();": "    wait_cluster();",
+        },
+        RACE,
+    ),
     "nobody says that its T1 is written": (
-        "    sync_warp();\n    arrive_cluster();  // this block's part of T1 is everywhere\n",
-        "",
+        {"    sync_warp();\n    arrive_cluster();  // this block's part of T1 is everywhere\n": ""},
         ("divergent barrier",),
     ),
     "a block ends while others store into it": (
-        "  tile.conv2();\n",
-        "  if (cluster_rank() == 1) return;\n  tile.conv2();\n",
+        {"  tile.conv2();\n": "  if (cluster_rank() == 1) return;\n  tile.conv2();\n"},
         ("ended too early", "deadlock"),
     ),
     "weights are not waited for": (
-        "    wait_own_barrier(filled(slot), parity);\n",
-        "",
+        {"    wait_own_barrier(filled(ring.slot), ring.parity);\n": ""},
         ("copy in flight", *RACE, "ended too early"),
     ),
     "a slot is filled again before all warps are done with it": (
-        "        wait_own_barrier(emptied(into), slot == 0 ? parity ^ 1 : parity);\n",
-        "",
+        {"        wait_own_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);\n": ""},
         (*RACE, "copy in flight"),
     ),
     "one lane says that its warp is done before the others are": (
-        "      sync_warp();\n      if (stage >= 0 && lane == 0) arrive(emptied(slot));",
-        "      if (stage >= 0 && lane == 0) arrive(emptied(slot));",
+        {"      sync_warp();\n      if (ring.stage >= 0 &&": "      if (ring.stage >= 0 &&"},
         RACE,
     ),
     "x is read while the kernel in front may be writing it": (
-        "    wait_for_previous_kernel();\n",
-        "",
+        {"    wait_for_previous_kernel();\n": ""},
         ("too early",),
     ),
     "parts of the sum lie on T1 while it is read": (
-        "    sync_block();  // T1 was read: the parts lie there\n",
-        "",
+        {"    sync_block();  // T1 was read: the parts lie there\n": ""},
         RACE,
     ),
     "parts of the sum are added before they are there": (
-        "    sync_block();  // all parts are there\n",
-        "",
+        {"    sync_block();  // all parts are there\n": ""},
         RACE,
     ),
     "the tile hangs over the image's edge": (
-        "      if (!inside(y, x)) continue;\n",
-        "",
-        ("written twice", "out of bounds"),
+        {"      if (!inside(y, x)) continue;\n": ""},
+        ("written twice", "out of bounds", "copy in flight", *RACE),
     ),
 }
 
@@ -389,10 +500,10 @@ def arrays() -> list[np.ndarray]:
 
 
 def run(library: Path, arrays: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
-    """Reports and results for two orders of threads."""
+    """Reports and results for a block and a chain, in two orders of threads."""
     reports, results = [], []
-    for seed in (0, 1):
-        report, after = mutants.run(library, [np.array([seed], np.int32), *arrays])
+    for chain, seed in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        report, after = mutants.run(library, [np.array([seed, chain], np.int32), *arrays])
         reports.append(report)
         results.append(after[2])
     return reports, results
@@ -417,8 +528,9 @@ def original(
 ) -> list[np.ndarray]:
     folder = tmp_path_factory.mktemp("mutants") / "original"
     reports, results = run(build(HEADER, few_instances, folder, cache), arrays)
-    assert reports == ["", ""]
-    assert np.array_equal(*results)
+    assert reports == [""] * 4
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[2], results[3])
     return results
 
 
@@ -434,13 +546,11 @@ def test_a_planted_mistake_is_noticed(
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    text, replacement, kinds = MUTANTS[planted]
-    assert HEADER.count(text) == 1, f"{text!r} is not in the kernel, or more than once"
-    header = HEADER.replace(text, replacement)
-    if "/* later */" in header:  # every arrival needs its wait
-        behind = "    add_parts(sums, group * Config::strips + strip);\n"
-        assert header.count(behind) == 1
-        header = header.replace(behind, "    wait_cluster();\n" + behind)
+    edits, kinds = MUTANTS[planted]
+    header = HEADER
+    for text, replacement in edits.items():
+        assert header.count(text) == 1, f"{text!r} is not in the kernel, or more than once"
+        header = header.replace(text, replacement)
     library = build(header, few_instances, tmp_path / "it", cache)
     reports, results = run(library, arrays)
     found = {report.partition(":")[0] for report in reports if report}

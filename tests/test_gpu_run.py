@@ -340,6 +340,38 @@ def test_a_lost_device_ends_the_process(tmp_path: Path) -> None:
     assert verdicts == {"a": "failed", "b": "crashed"}  # the latter is tried in another process
 
 
+def test_every_test_for_a_gpu_is_run(tmp_path: Path) -> None:
+    there = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert {
+        one.name for one in steps.tests(tmp_path, rehearse=False) if "/gpu/" in one.name
+    } == there
+
+
+@pytest.mark.parametrize(
+    "says", ['print("{\\"grid\\": 1100.0, \\"clusters 2\\": 66.0}")', "exit(1)", ""]
+)
+def test_what_waiting_costs_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str
+) -> None:
+    # In the compiler's place: what it writes is what the program then says.
+    compiler = tmp_path / "nvcc"
+    program = f"#!{sys.executable}\n{says}\n"
+    compiler.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\npath = pathlib.Path(sys.argv[-1])\n"
+        f"path.write_text({program!r})\npath.chmod(0o755)\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(compiler))
+    journal = Journal(tmp_path / "journal.jsonl", "x")
+    steps.costs(journal, steps.Children(), tmp_path, 30, "9.0a")
+    record = journal.latest("costs")["costs", "costs"]
+    assert record["status"] == ("ok" if "grid" in says else "failed")
+    found = report.collect(journal)
+    assert found is not None
+    assert ("- grid: 1100" in report.markdown(found)) == ("grid" in says)
+    assert ("clusters of 2 blocks at once: 66" in report.markdown(found)) == ("grid" in says)
+
+
 def test_the_rest_of_the_tests_is_short_and_needs_no_verdict(tmp_path: Path) -> None:
     rest = steps.tests(tmp_path, rehearse=False)[-1]
     assert rest.extra

@@ -69,6 +69,9 @@ class Run:
                 self._write()
             if "bench" in wanted:
                 self._say("bench")
+                architecture = None if self.rehearse else machine.architecture(self.torch)
+                limit = min(30, self.left())
+                steps.costs(self.journal, self.children, self.work, limit, architecture)
                 self._bench()
         finally:
             self.children.stop()
@@ -159,6 +162,8 @@ class Run:
 def is_failure(record: Record) -> bool:
     """Whether hgfast is at fault: a rival that does not run is none."""
     if record["kind"] == "measurement" and not record["candidate"].startswith("hgfast"):
+        return False
+    if record["kind"] == "costs":  # of the GPU, and nothing of hgfast's runs
         return False
     if record["kind"] == "item" and record["status"] == "timed out":  # a compiler, most likely
         return False

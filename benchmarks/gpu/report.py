@@ -80,6 +80,7 @@ def collect(journal: Journal) -> dict[str, Any] | None:
         "build": of("build"),
         "tests": of("test"),
         "peaks": peaks,
+        "costs": next((record.get("nanoseconds") for record in of("costs")), None),
         "measurements": [m for m in measurements if m["status"] == "ok"],
         "not measured": [
             *(m for m in measurements if m["status"] != "ok"),
@@ -144,7 +145,8 @@ def markdown(found: dict[str, Any]) -> str:
             "A rehearsal on a CPU: it shows that the code runs, and says nothing of speed.",
             "",
         ]
-    lines += [*_machine(found), *_tests(found), *_peaks(found), *_ops(found), *_networks(found)]
+    lines += [*_machine(found), *_tests(found), *_peaks(found), *_costs(found)]
+    lines += [*_ops(found), *_networks(found)]
     lines += _not_measured(found)
     return "\n".join(lines) + "\n"
 
@@ -191,6 +193,22 @@ def _peaks(found: dict[str, Any]) -> list[str]:
     for peak in found["peaks"].values():
         scale, unit = (1e12, "TFLOP/s") if peak["unit"] == "FLOP/s" else (1e12, "TB/s")
         lines.append(f"- {peak['what']}: {peak['rate'] / scale:.3g} {unit}")
+    return [*lines, ""]
+
+
+def _costs(found: dict[str, Any]) -> list[str]:
+    if not found["costs"]:
+        return []
+    known = [(name, value) for name, value in found["costs"].items() if value is not None]
+    lines = [
+        "What waiting costs (`benchmarks/gpu/costs.cu` says what each is), in nanoseconds:",
+        "",
+    ]
+    lines += [f"- {name}: {value:.0f}" for name, value in known if not name.startswith("clusters ")]
+    lines.append("")
+    for name, value in known:
+        if name.startswith("clusters "):
+            lines.append(f"- clusters of {name.split()[1]} blocks at once: {value:.0f}")
     return [*lines, ""]
 
 

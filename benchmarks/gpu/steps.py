@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -125,6 +126,41 @@ def build(
     return status == 0
 
 
+# ---- What waiting costs --------------------------------------------------------------------------
+
+
+def costs(
+    journal: Journal, children: Children, work: Path, limit: float, architecture: str | None
+) -> None:
+    """Compile and run costs.cu, whose nanoseconds go into the results."""
+    if journal.latest("costs").get(("costs", "costs"), {}).get("status") == "ok":
+        return
+    compiler = os.environ.get("CUDACXX") or shutil.which(
+        "nvcc", path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/local/cuda/bin"
+    )
+    if architecture is None or compiler is None:
+        reason = "a rehearsal has no GPU" if architecture is None else "no nvcc"
+        journal.add("costs", "costs", "not possible here", reason=reason)
+        return
+    number = architecture.replace(".", "")
+    program, log = work / "costs", work / "logs" / "costs.log"
+    source = str(Path(__file__).with_name("costs.cu"))
+    generate = f"-gencode=arch=compute_{number},code=sm_{number}"
+    command = [compiler, "-std=c++17", "-O3", generate, source, "-o", str(program)]
+    status = children.run(command, log, limit, {})
+    if status == 0:
+        status = children.run([str(program)], log, limit, {})
+    said = log.read_text(errors="replace") if log.is_file() else ""
+    try:
+        found = json.loads(said.splitlines()[-1]) if status == 0 else None
+    except (IndexError, ValueError):
+        found = None
+    if found is None:
+        journal.add("costs", "costs", "failed", log=tail(log))
+    else:
+        journal.add("costs", "costs", "ok", nanoseconds=found)
+
+
 # ---- Testing -------------------------------------------------------------------------------------
 
 
@@ -146,7 +182,7 @@ class Test:
 #: the emulator or interpreted, mutants that a compiler has to make, what compilers say of the
 #: device code.
 LEFT_OUT = (
-    "gpu", "test_gpu_run.py", "test_cuda_gates.py", "test_emulator.py", "test_emulated_*.py",
+    "gpu", "test_gpu_run.py", "test_cuda_gates.py", "test_emulator*.py", "test_emulated_*.py",
     "test_decode_triton.py",
 )  # fmt: skip
 
@@ -163,8 +199,11 @@ def tests(work: Path, rehearse: bool) -> list[Test]:
 
     found = [
         suite(f"tests/gpu/test_gpu_{name}.py", f"tests/gpu/test_gpu_{name}.py", limit=180)
-        for name in ("kernels", "decode", "runtime", "networks", "graphs", "torch")
-    ]
+        for name in (
+            "kernels", "hopper", "latency", "networks", "runtime", "graphs", "stem_head", "decode",
+            "torch",
+        )
+    ]  # fmt: skip
     script = [sys.executable, "tests/gpu/sanitize.py"]
     if rehearse:
         only = ["tests/gpu/test_gpu_torch.py", "-k", "opcheck_upsample"]

@@ -1,5 +1,5 @@
 // Everything that a kernel asks of the machine it runs on: the only header of csrc/cuda that names
-// an instruction. Under HGFAST_EMULATE the same functions are models that run on a CPU and look for
+// an instruction, but for hopper.cuh, which has what only Hopper can. Under HGFAST_EMULATE the same functions are models that run on a CPU and look for
 // mistakes (csrc/emulator, docs/emulator.md); that is why kernels reach shared and global memory
 // through the functions here alone, and never through a pointer of their own.
 #pragma once

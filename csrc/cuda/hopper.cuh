@@ -42,7 +42,8 @@ struct TensorMap {
 };
 
 // Host side: fills in a map. cudaErrorInvalidValue where the engine cannot: the address and the
-// bytes of a pixel must be multiples of 16, and a box at most 256 pixels wide and high.
+// bytes of a pixel must be multiples of 16, a box at most 256 pixels wide and high, and its rows
+// as long as the swizzle says.
 inline cudaError_t make_tensor_map(TensorMap& map, const void* address, const TileShape& shape,
                                    bool bfloat16) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -55,6 +56,9 @@ inline cudaError_t make_tensor_map(TensorMap& map, const void* address, const Ti
     return error == cudaSuccess ? reinterpret_cast<Encode>(found) : nullptr;
   }();
   if (!encode) return cudaErrorNotSupported;
+  constexpr int kRows[] = {0, 32, 64, 128};
+  const int row = kRows[static_cast<int>(shape.swizzle)];
+  if (row && 2 * shape.box_channels != row) return cudaErrorInvalidValue;  // it would be padded
   const cuuint64_t pixel = uint64_t{2} * static_cast<uint64_t>(shape.channels);
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(shape.channels), static_cast<cuuint64_t>(shape.width),

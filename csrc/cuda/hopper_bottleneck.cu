@@ -1,6 +1,8 @@
 // The instances of the bottleneck kernel for Hopper, and their launch.
 #include "hopper_bottleneck.cuh"
 
+#include <algorithm>
+
 namespace hgfast::cuda {
 
 template <class Visit>
@@ -100,7 +102,7 @@ cudaError_t hopper_bottleneck(const HopperBottleneckParams& params, cudaStream_t
 
   const char* const name = kNames[bfloat16 ? 0 : 1];
   if (variant) *variant = name;
-  const int64_t room = device.multiprocessors / Layout::kCluster;
+  const int64_t room = std::max(1, device.multiprocessors / Layout::kCluster);
   Grid grid{(pairs < room ? pairs : room) * Layout::kCluster, Layout::kThreads, Layout::kEnd,
             Layout::kEnd};
   grid.cluster = Layout::kCluster;

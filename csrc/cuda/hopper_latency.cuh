@@ -65,14 +65,16 @@ struct LatencyConfig {
 constexpr int kLatencyBarriers = 256, kLatencySlots = 15;
 
 template <class Config>
-LatencyLayout latency_layout(const BottleneckParams& p, const LatencyTape& tape, int cluster) {
+LatencyLayout latency_layout(const BottleneckParams& p, const LatencyTape& tape, int cluster,
+                             int steps = 1) {
   const auto rounded_up = [](int n, int of) { return (n + of - 1) / of; };
   LatencyLayout at{};
   at.strips = p.middle / 16 / cluster;
   at.out_strips = p.out / 16 / cluster;
   at.row = 2 * p.middle + 16;
   at.vectors = kLatencyBarriers;
-  at.t1 = at.vectors + 64 * (2 * tape.steps1 + 2 * at.strips + at.out_strips);
+  at.vector_bytes = 64 * (2 * tape.steps1 + 2 * at.strips + at.out_strips);
+  at.t1 = at.vectors + steps * at.vector_bytes;
   // On T1 lie, once it was read, the parts of conv2's sum: of each warp 64 pixels by 16 channels.
   const int t1 = Config::halo * Config::halo * at.row, parts = Config::warps * 4096;
   at.t2 = at.t1 + (t1 > parts ? t1 : parts);
@@ -85,12 +87,33 @@ LatencyLayout latency_layout(const BottleneckParams& p, const LatencyTape& tape,
   return at;
 }
 
-// One thread's part in a tile.
-template <class Config>
+HGFAST_DEVICE const BottleneckParams& block_of(const LatencyParams& p, int) { return p.block; }
+HGFAST_DEVICE const BottleneckParams& block_of(const SubtreeParams& p, int i) {
+  return p.blocks[i];
+}
+HGFAST_DEVICE int steps_of(const LatencyParams&) { return 1; }
+HGFAST_DEVICE int steps_of(const SubtreeParams& p) { return p.steps; }
+
+template <class Params>
+constexpr bool is_chain = false;
+template <>
+inline constexpr bool is_chain<SubtreeParams> = true;
+
+// The stage of weights that is being consumed, of all steps; and where it lies.
+struct LatencyRing {
+  int stage = -1, slot = -1, parity = 1;
+};
+
+// One thread's part in a tile, or in a step of a chain.
+template <class Config, class Params>
 struct LatencyTile {
   using T = typename Config::T;
   static constexpr int kUnit = LatencyTape::kUnit;
+  static constexpr bool kChain = is_chain<Params>;
 
+  const Params& params;
+  const int number;  // of the step
+  LatencyRing& ring;
   const BottleneckParams& p;
   const LatencyTape& order;
   const LatencyLayout& at;
@@ -101,23 +124,48 @@ struct LatencyTile {
   int image, y0, x0;  // the tile's place
   const char* x;      // the image
 
-  int stage = -1, slot = -1, parity = 1;  // being consumed
-
-  HGFAST_DEVICE explicit LatencyTile(const LatencyParams& params)
-      : p(params.block),
+  HGFAST_DEVICE LatencyTile(const Params& params, int number, LatencyRing& ring)
+      : params(params),
+        number(number),
+        ring(ring),
+        p(block_of(params, number)),
         order(params.order),
         at(params.at),
         cluster(params.cluster),
         slots(params.slots) {
-    const int tiles_x = (static_cast<int>(p.width) + Config::tile - 1) / Config::tile;
-    const int tiles_y = (static_cast<int>(p.height) + Config::tile - 1) / Config::tile;
-    const int number = block_index() / cluster, tile = number % (tiles_x * tiles_y);
-    image = number / (tiles_x * tiles_y);
-    y0 = tile / tiles_x * Config::tile;
-    x0 = tile % tiles_x * Config::tile;
+    if constexpr (kChain) {
+      image = block_index() / cluster;
+      y0 = x0 = 0;
+    } else {
+      const int tiles_x = (static_cast<int>(p.width) + Config::tile - 1) / Config::tile;
+      const int tiles_y = (static_cast<int>(p.height) + Config::tile - 1) / Config::tile;
+      const int tiles = tiles_x * tiles_y, tile = block_index() / cluster % tiles;
+      image = block_index() / cluster / tiles;
+      y0 = tile / tiles_x * Config::tile;
+      x0 = tile % tiles_x * Config::tile;
+    }
     x = static_cast<const char*>(p.x) +
         static_cast<int64_t>(image) * p.x_height * p.x_width * p.in * 2;
   }
+
+  // Of the tile's four fragments of two rows of pixels, those that have some; and the halo's pixels
+  // that these read.
+  HGFAST_DEVICE int fragments() const {
+    const int rows = static_cast<int>(p.height) - y0;
+    return rows < Config::tile ? (rows + 1) / 2 : Config::tile / 2;
+  }
+  HGFAST_DEVICE int halo_pixels() const { return (2 * fragments() + 2) * Config::halo; }
+
+  // Where what this step reads lies in shared memory; 0: it is x.
+  HGFAST_DEVICE Shared source() const {
+    if constexpr (kChain)
+      if (params.source[number] >= 0) return map_of(params.source[number]);
+    return 0;
+  }
+  HGFAST_DEVICE Shared map_of(int step) const { return shared_memory() + params.maps[step]; }
+  HGFAST_DEVICE int map_row() const { return 2 * p.out + 16; }  // bytes of a pixel there
+  HGFAST_DEVICE bool is_last() const { return number == steps_of(params) - 1; }
+  HGFAST_DEVICE int all_stages() const { return steps_of(params) * at.stages; }
 
   HGFAST_DEVICE int other_block(int i) const { return (rank + i) & (cluster - 1); }
 
@@ -130,10 +178,12 @@ struct LatencyTile {
     return shared_memory() + at.ring + slot * Config::slot_bytes;
   }
 
-  // Asks for a stage's weights: for each strip a part of what lies in one piece on the order.
+  // Asks for a stage's weights: for each strip a part of what lies in one piece on the tape.
   HGFAST_DEVICE void ask(int wanted, int into) const {
     int of_block, strips, length, steps, first;  // units
     int64_t begin;
+    const void* const tape = block_of(params, kChain ? wanted / at.stages : 0).tape;
+    if (kChain) wanted %= at.stages;
     if (wanted < at.stages1) {
       begin = 0, of_block = rank * at.strips, strips = at.strips;
       length = order.steps1, steps = Config::steps1, first = wanted * Config::steps1;
@@ -152,7 +202,7 @@ struct LatencyTile {
 #pragma unroll 1
     for (int strip = 0; strip < strips; ++strip)
       load_bulk(slot_address(into) + strip * steps * kUnit,
-                static_cast<const char*>(p.tape) +
+                static_cast<const char*>(tape) +
                     (begin + int64_t{of_block + strip} * length + first) * kUnit,
                 bytes, filled(into));
   }
@@ -160,7 +210,7 @@ struct LatencyTile {
 
   // In shared memory, floats: scale, shift; of this block's channels b1, b2, b3.
   HGFAST_DEVICE Shared vector(int floats_before) const {
-    return shared_memory() + at.vectors + floats_before * 4;
+    return shared_memory() + at.vectors + number * at.vector_bytes + floats_before * 4;
   }
   HGFAST_DEVICE int padded_in() const { return order.steps1 * 16; }
   HGFAST_DEVICE Shared scale() const { return vector(0); }
@@ -181,16 +231,18 @@ struct LatencyTile {
     load_bulk(bias3(), p.b3 + rank * at.out_strips * 16, out, vectors_there());
   }
 
+  // Before the first step.
   HGFAST_DEVICE void begin() {
     if (thread_index() == 0) {
-      init_barrier(vectors_there(), 1);
+      init_barrier(vectors_there(), steps_of(params));
 #pragma unroll 1
       for (int i = 0; i < slots; ++i) {
         init_barrier(filled(i), 1);
         init_barrier(emptied(i), Config::warps);
       }
       fence_barriers();
-      ask_for_vectors();
+#pragma unroll 1
+      for (int i = 0; i < steps_of(params); ++i) LatencyTile(params, i, ring).ask_for_vectors();
 #pragma unroll 1
       for (int i = 0; i < slots; ++i) ask(i, i);
     }
@@ -204,21 +256,23 @@ struct LatencyTile {
   // To the next stage. What the one before held, nobody of this warp needs any more; a stage
   // later, when all warps have said so, its slot is filled again.
   HGFAST_DEVICE void step() {
-    if (slots < at.stages) {
+    const int stages = all_stages();
+    if (slots < stages) {
       sync_warp();
-      if (stage >= 0 && lane == 0) arrive(emptied(slot));
-      const int again = stage - 1;  // the stage whose slot is to be filled
-      if (thread_index() == 0 && again >= 0 && again + slots < at.stages) {
-        const int into = slot == 0 ? slots - 1 : slot - 1;
-        wait_own_barrier(emptied(into), slot == 0 ? parity ^ 1 : parity);
+      if (ring.stage >= 0 && lane == 0) arrive(emptied(ring.slot));
+      const int again = ring.stage - 1;  // the stage whose slot is to be filled
+      if (thread_index() == 0 && again >= 0 && again + slots < stages) {
+        const bool wrapped = ring.slot == 0;
+        const int into = wrapped ? slots - 1 : ring.slot - 1;
+        wait_own_barrier(emptied(into), wrapped ? ring.parity ^ 1 : ring.parity);
         ask(again + slots, into);
       }
       sync_warp();
     }
-    ++stage;
-    if (++slot == slots) slot = 0;
-    if (slot == 0) parity ^= 1;
-    wait_own_barrier(filled(slot), parity);
+    ++ring.stage;
+    if (++ring.slot == slots) ring.slot = 0;
+    if (ring.slot == 0) ring.parity ^= 1;
+    wait_own_barrier(filled(ring.slot), ring.parity);
   }
 
   // ---- Pixels ----
@@ -226,24 +280,32 @@ struct LatencyTile {
   HGFAST_DEVICE bool inside(int y, int x) const {
     return y >= 0 && y < p.height && x >= 0 && x < p.width;
   }
-  // Where t's pixel is in x, in elements; -1 outside of the image.
+  // Where t's pixel is in x, or in the map that is read instead, in elements; -1 outside.
   HGFAST_DEVICE int offset_of(int y, int x) const {
     if (!inside(y, x)) return -1;
     const int twice = p.pool ? 2 : 1;
-    return (twice * y * static_cast<int>(p.x_width) + twice * x) * p.in;
+    return (twice * y * static_cast<int>(p.x_width) + twice * x) * pixel();
   }
+  HGFAST_DEVICE int pixel() const { return kChain && source() ? map_row() / 2 : p.in; }
   HGFAST_DEVICE bool inside_in_halo(int row) const {
-    return row < Config::halo * Config::halo &&
-           inside(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo);
+    return row < halo_pixels() && inside(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo);
   }
   // 8 channels of t.
   HGFAST_DEVICE uint4 load_input(int offset, int channel) const {
-    const char* from = x + int64_t{offset + channel} * 2;
-    uint4 most = load_written(from);
+    const int64_t begin = int64_t{offset + channel} * 2;
+    if constexpr (kChain)
+      if (const Shared map = source())
+        return pooled(static_cast<Shared>(begin), [&](int64_t at) {
+          return load_shared<uint4>(map + static_cast<Shared>(at));
+        });
+    return pooled(begin, [&](int64_t at) { return load_written(x + at); });
+  }
+  template <class Load>
+  HGFAST_DEVICE uint4 pooled(int64_t begin, Load&& load) const {
+    uint4 most = load(begin);
     if (p.pool) {
-      const int64_t right = int64_t{p.in} * 2, down = p.x_width * p.in * 2;
-      const uint4 pieces[] = {load_written(from + right), load_written(from + down),
-                              load_written(from + down + right)};
+      const int64_t right = int64_t{pixel()} * 2, down = p.x_width * right;
+      const uint4 pieces[] = {load(begin + right), load(begin + down), load(begin + down + right)};
 #pragma unroll
       for (const uint4& piece : pieces)
         most = {maximum<T>(most.x, piece.x), maximum<T>(most.y, piece.y),
@@ -282,7 +344,8 @@ struct LatencyTile {
                                bool works, int first, int strips) {
     const int slices = padded_in() / 32;
     uint4 now[fetches][2] = {};
-#pragma unroll 1  // one copy of all this: what runs once must first be read
+    bool there = false;  // what `now` is for
+#pragma unroll 1         // one copy of all this: what runs once must first be read
     for (int begin = -fetches; begin < slices; begin += fetches) {
       uint4 next[fetches][2];
 #pragma unroll
@@ -294,7 +357,7 @@ struct LatencyTile {
                                                               : uint4{0, 0, 0, 0};
         }
       }
-      if (begin >= 0) {
+      if (there) {  // not begin >= 0: GCC 12 splits such a loop, and gets it wrong
         if (2 * begin % steps == 0) step();
 #pragma unroll
         for (int i = 0; i < fetches; ++i) {
@@ -312,7 +375,7 @@ struct LatencyTile {
           const uint4 upper = now[i][0], lower = now[i][1];
           const uint32_t a[2][4] = {{upper.x, lower.x, upper.y, lower.y},
                                     {upper.z, lower.z, upper.w, lower.w}};
-          const Shared units = slot_address(slot) + 2 * slice % steps * kUnit;
+          const Shared units = slot_address(ring.slot) + 2 * slice % steps * kUnit;
 #pragma unroll
           for (int n = 0; n < Config::strips; ++n) {
             if (n >= strips) break;
@@ -326,6 +389,7 @@ struct LatencyTile {
       for (int i = 0; i < fetches; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) now[i][half] = next[i][half];
+      there = true;
     }
   }
 
@@ -356,25 +420,26 @@ struct LatencyTile {
   }
 
   HGFAST_DEVICE void conv1() {
+    if (kChain) wait_cluster();  // all blocks are there; what this step reads is whole
     float sums[Config::strips][2][4] = {};
     const int first = warp * 16;
     int offset[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + half * 8 + lane / 4;
-      offset[half] = row < Config::halo * Config::halo
+      offset[half] = row < halo_pixels()
                          ? offset_of(y0 - 1 + row / Config::halo, x0 - 1 + row % Config::halo)
                          : -1;
     }
-    const bool works = first < Config::halo * Config::halo;
+    const bool works = first < halo_pixels();
     add_input<Config::steps1, Config::fetches1, true>(sums, offset, works, 0, at.strips);
-    wait_cluster();  // all blocks are there
+    if (!kChain) wait_cluster();  // all blocks are there
     if (works) {
 #pragma unroll
       for (int n = 0; n < Config::strips; ++n) {
         if (n >= at.strips) break;
         store_middle(sums[n], shared_memory() + at.t1, bias1(), first, n, [&](int row) {
-          return row >= Config::halo * Config::halo ? -1 : inside_in_halo(row) ? 1 : 0;
+          return row >= halo_pixels() ? -1 : inside_in_halo(row) ? 1 : 0;
         });
       }
     }
@@ -396,16 +461,18 @@ struct LatencyTile {
       const int triple = begin + group;
       if (triple >= 3 * parts || strip >= at.strips) continue;
       // Ten rows of eight pixels, two in each fragment.
-      uint32_t rows[5][4];
+      uint32_t rows[5][4] = {};
       const Shared from = mine + triple / parts * at.row + triple % parts * 32;
 #pragma unroll
-      for (int i = 0; i < 5; ++i) load_matrices(rows[i], from + i * 2 * Config::halo * at.row);
-      const Shared units = slot_address(slot) + (strip * Config::steps2 + group * 3) * kUnit;
+      for (int i = 0; i < 5; ++i)
+        if (i <= fragments()) load_matrices(rows[i], from + i * 2 * Config::halo * at.row);
+      const Shared units = slot_address(ring.slot) + (strip * Config::steps2 + group * 3) * kUnit;
 #pragma unroll
       for (int dy = 0; dy < 3; ++dy) {
         const uint4 b = load_shared<uint4>(units + dy * kUnit + lane * 16);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
+          if (m >= fragments()) break;
           const int upper = 2 * m + dy, lower = upper + 1;
           const uint32_t a[] = {rows[upper / 2][upper % 2], rows[lower / 2][lower % 2],
                                 rows[upper / 2][upper % 2 + 2], rows[lower / 2][lower % 2 + 2]};
@@ -427,15 +494,18 @@ struct LatencyTile {
     };
     sync_block();  // T1 was read: the parts lie there
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int m = 0; m < 4; ++m) {
+      if (m >= fragments()) break;
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         store_shared(fragment(number, m, n),
                      float4{sums[m][n][0], sums[m][n][1], sums[m][n][2], sums[m][n][3]});
+    }
     sync_block();  // all parts are there
 #pragma unroll 1
     for (int unit = warp; unit < 4 * at.strips; unit += Config::warps) {
       const int m = unit % 4, strip = unit / 4;
+      if (m >= fragments()) continue;
       float total[2][4] = {};
 #pragma unroll
       for (int group = 0; group < Config::groups; ++group) {
@@ -461,6 +531,7 @@ struct LatencyTile {
       float sums[Config::strips][2][4] = {};
       int strips = at.out_strips - out_begin(pass) - before;
       if (strips > Config::strips) strips = Config::strips;
+      if (first >= fragments() * 16) strips = 0;  // no pixel
       const auto place = [&](int row, int& y, int& x) {
         y = y0 + row / Config::tile;
         x = x0 + row % Config::tile;
@@ -494,9 +565,9 @@ struct LatencyTile {
         if (unit == 0) step();
         const int rest = parts - part;
         const int count = rest < Config::steps3 - unit ? rest : Config::steps3 - unit;
-        const Shared units = slot_address(slot) + (before * Config::steps3 + unit) * kUnit;
+        const Shared units = slot_address(ring.slot) + (before * Config::steps3 + unit) * kUnit;
 #pragma unroll 2
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < (strips > 0 ? count : 0); ++i) {
           uint32_t a[4];
           load_matrices(a, mine + (part + i) * 32);
 #pragma unroll
@@ -538,12 +609,26 @@ struct LatencyTile {
 #pragma unroll
         for (float2& value : v) value = {relu(value.x), relu(value.y)};
       }
-      if (p.low)
+      if constexpr (kChain) {
+        if (params.low[number] >= 0)
+          add<T>(v, load_shared<uint4>(map_of(params.low[number]) +
+                                       (y / 2 * (width / 2) + x / 2) * map_row() +
+                                       (channel + n * 16) * 2));
+      } else if (p.low) {
         add<T>(v, load_written(static_cast<const char*>(p.low) + begin / 4 +
                                int64_t{at_low + n * 16} * 2));
-      store_global(static_cast<char*>(p.y) + begin + int64_t{at_y + n * 16} * 2,
-                   uint4{pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y), pack<T>(v[2].x, v[2].y),
-                         pack<T>(v[3].x, v[3].y)});
+      }
+      const uint4 piece = {pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y),
+                           pack<T>(v[2].x, v[2].y), pack<T>(v[3].x, v[3].y)};
+      if constexpr (kChain) {
+        if (!is_last()) {
+          const Shared to = map_of(number) + (y * width + x) * map_row() + (channel + n * 16) * 2;
+#pragma unroll 1
+          for (int i = 0; i < cluster; ++i) store_remote(to, other_block(i), piece);
+          continue;
+        }
+      }
+      store_global(static_cast<char*>(p.y) + begin + int64_t{at_y + n * 16} * 2, piece);
     }
   }
 };
@@ -551,11 +636,30 @@ struct LatencyTile {
 template <class Config>
 __global__ void __launch_bounds__(Config::threads, 2)
     latency_kernel(const __grid_constant__ LatencyParams p) {
-  LatencyTile<Config> tile(p);
+  LatencyRing ring;
+  LatencyTile<Config, LatencyParams> tile(p, 0, ring);
   tile.begin();
   tile.conv1();
   tile.conv2();
   tile.conv3();
+}
+
+// A cluster for each image. Weights run ahead from step to step.
+template <class Config>
+__global__ void __launch_bounds__(Config::threads, 1)
+    subtree_kernel(const __grid_constant__ SubtreeParams p) {
+  LatencyRing ring;
+  LatencyTile<Config, SubtreeParams>(p, 0, ring).begin();
+#pragma unroll 1
+  for (int i = 0; i < p.steps; ++i) {
+    LatencyTile<Config, SubtreeParams> step(p, i, ring);
+    step.conv1();
+    step.conv2();
+    step.conv3();
+    if (step.is_last()) break;
+    sync_warp();
+    arrive_cluster();  // this block's part of the map is everywhere
+  }
 }
 
 }  // namespace hgfast::cuda

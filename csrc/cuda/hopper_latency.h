@@ -37,7 +37,8 @@ constexpr LatencyTape latency_tape(int in, int middle, int out, bool project) {
 struct LatencyLayout {
   int strips, out_strips;         // of 16 middle channels, of 16 channels of y
   int row;                        // of a pixel in T1 and T2
-  int vectors, t1, t2, ring;      // begins
+  int vectors, vector_bytes;      // begin; for each step
+  int t1, t2, ring;               // begins
   int stages1, stages2, stages3;  // fillings of a slot for conv1, conv2, one pass of conv3
   int passes, stages;             // of conv3; all
 };
@@ -56,6 +57,28 @@ struct LatencyParams {
   int slots;    // places for weights in shared memory
   LatencyTape order;
   LatencyLayout at;
+};
+
+// A chain of blocks on maps of at most 8x8 pixels, in one launch: one cluster computes all of it
+// for an image, and the maps between the steps stay in its shared memory. All have the same number
+// of channels in x and y, a multiple of the cluster's blocks times 16, and 16 middle channels for
+// each block: 32, 64 or 128. None is projected. Of a depth-4 hourglass at 64x64 this is what lies
+// below 16x16: with a the pooled 16x16 map's block, six steps.
+//
+// Of `blocks`, x is read of the first alone, y written of the last alone, and low is not read. What
+// a step reads is the result of an earlier one, or x.
+struct SubtreeParams {
+  static constexpr int kMostSteps = 8;
+  int steps;
+  BottleneckParams blocks[kMostSteps];
+  int source[kMostSteps];  // the step whose result a step reads; -1: x, for the first
+  int low[kMostSteps];     // the step whose result is upsampled and added; -1: none
+  bool programmatic;       // may begin before the kernel in front of it has ended
+  // Filled in by the launcher.
+  int cluster, slots;
+  LatencyTape order;
+  LatencyLayout at;
+  int maps[kMostSteps];  // where a step's result lies in shared memory
 };
 
 // One way to run a block.
@@ -83,16 +106,17 @@ std::vector<BottleneckVariant> latency_variants();
 cudaError_t latency(const BottleneckParams&, bool programmatic, cudaStream_t,
                     const char** variant = nullptr);
 
+// Launches the chain on the current device; cudaErrorNotSupported where that is no Hopper,
+// cudaErrorInvalidConfiguration where the maps do not fit into shared memory.
+cudaError_t subtree(const SubtreeParams&, cudaStream_t, const char** variant = nullptr);
+
+// Its instances, each with the shared memory that six steps of 256 channels ask for. `blocks` is 0.
+std::vector<BottleneckVariant> subtree_variants();
+
+// What no kernel writes meanwhile.
 template <class Visit>
-void visit_arrays(const LatencyParams& params, Visit&& visit) {
-  const BottleneckParams& p = params.block;
-  const int64_t pixels = p.batch * p.height * p.width;
-  visit(p.x, p.batch * p.x_height * p.x_width * p.in * 2, false);
-  if (p.low) visit(p.low, pixels / 4 * p.out * 2, false);
-  visit(p.y, pixels * p.out * 2, true);
-  // What no kernel writes meanwhile.
+void visit_latency_weights(const BottleneckParams& p, const LatencyTape& tape, Visit&& visit) {
   const auto weights = [&](const void* array, int64_t bytes) { visit(array, bytes, false, true); };
-  const LatencyTape& tape = params.order;
   if (p.scale) {
     weights(p.scale, int64_t{64} * tape.steps1);
     weights(p.shift, int64_t{64} * tape.steps1);
@@ -101,6 +125,25 @@ void visit_arrays(const LatencyParams& params, Visit&& visit) {
   weights(p.b2, int64_t{4} * p.middle);
   weights(p.b3, int64_t{4} * p.out);
   weights(p.tape, tape.end * LatencyTape::kUnit);
+}
+
+template <class Visit>
+void visit_arrays(const LatencyParams& params, Visit&& visit) {
+  const BottleneckParams& p = params.block;
+  const int64_t pixels = p.batch * p.height * p.width;
+  visit(p.x, p.batch * p.x_height * p.x_width * p.in * 2, false);
+  if (p.low) visit(p.low, pixels / 4 * p.out * 2, false);
+  visit(p.y, pixels * p.out * 2, true);
+  visit_latency_weights(p, params.order, visit);
+}
+
+template <class Visit>
+void visit_arrays(const SubtreeParams& params, Visit&& visit) {
+  const BottleneckParams &first = params.blocks[0], &last = params.blocks[params.steps - 1];
+  visit(first.x, first.batch * first.x_height * first.x_width * first.in * 2, false);
+  visit(last.y, last.batch * last.height * last.width * last.out * 2, true);
+  for (int i = 0; i < params.steps; ++i)
+    visit_latency_weights(params.blocks[i], params.order, visit);
 }
 
 }  // namespace hgfast::cuda

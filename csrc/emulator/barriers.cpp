@@ -108,6 +108,11 @@ Block::BarrierState& Block::barrier_at(Block& owner, const char* function, uint3
 void Block::arrive(uint32_t address, int rank, int bytes, const char* function, Place place) {
   Block& owner = rank < 0 ? *this : other_block(function, rank, place);
   BarrierState& barrier = barrier_at(owner, function, address, place);
+  if (&owner != this && thread_states_[thread_].stored_remotely)
+    fail("not ordered", thread_,
+         "%s at %s:%d comes behind a store_remote of this thread, and orders reads alone: between "
+         "them there must be a barrier of the cluster",
+         function, place.file, place.line);
   if (barrier.missing == 0)
     fail(
         "too many arrivals", thread_,
@@ -201,7 +206,7 @@ void Block::wait_cluster(Place place) {
   Cluster::Gate& gate = cluster_->gate;
   thread.in_gate = true;
   while (gate.phase == thread.gate_phase) wait("wait_cluster", place);
-  thread.at_gate = thread.in_gate = false;
+  thread.at_gate = thread.in_gate = thread.stored_remotely = false;
   cluster_->clocks().keep(gate.clock);
   learn(thread, cluster_->clocks().join(thread.clock, gate.clock));
   cluster_->clocks().give_back(gate.clock);

@@ -119,6 +119,7 @@ void Block::start(Cluster& cluster, const Launch& launch, GlobalMemory& memory, 
     thread.fenced = 0;
     thread.at_gate = false;
     thread.in_gate = false;
+    thread.stored_remotely = false;
   }
 }
 
@@ -514,6 +515,7 @@ void Block::store_remote(uint32_t to, int rank, const void* from, uint32_t bytes
       fail_shared(fault, "store_remote", true, to + i, thread_, place, other);
   std::memcpy(other.shared_.at(to), from, bytes);
   other.note_remote(asker, "store_remote");
+  if (&other != this) thread_states_[thread_].stored_remotely = true;
   counters_.remote_bytes += bytes;
 }
 

@@ -136,8 +136,9 @@ class Block {
     // What it knows of others, see clocks.h; its own time; until when it has fenced.
     int clock;
     uint32_t time, fenced;
-    bool at_gate;  // of the cluster: arrived, and has not waited yet
-    bool in_gate;  // and waits now
+    bool at_gate;          // of the cluster: arrived, and has not waited yet
+    bool in_gate;          // and waits now
+    bool stored_remotely;  // since the last barrier of the cluster
     uint32_t gate_phase;
   };
   // Sums of a warp, from the first of its products until the last one is over.

@@ -31,6 +31,7 @@ class Rule:
 #: The first rule that holds, and whose kernel is there, decides.
 RULES = (
     Rule("throughput", 132, "a tile for each multiprocessor of an H200: fewer leave some idle"),
+    Rule("portable", 132, "so much work for a block that the kernel above does not take"),
     Rule("latency", 0, "below, blocks of a cluster share a tile and its weights"),
     Rule("portable", 0, "everything else, and every other GPU"),
 )
@@ -73,7 +74,11 @@ class Block:
     @property
     def names(self) -> tuple[str, ...]:
         """Its kernels, in the order in which they are asked."""
-        return tuple(rule.kernel for rule in self._rules)
+        return tuple(dict.fromkeys(rule.kernel for rule in self._rules))
+
+    def kernel(self, name: str) -> Any:
+        """One of its kernels, packed."""
+        return self._kernels[name]
 
     def tensors(self) -> list[Tensor]:
         """The packed weights."""

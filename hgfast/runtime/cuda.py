@@ -29,10 +29,11 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import blocks, branches, evidence, fusions, plain
+from hgfast.runtime import blocks, branches, evidence, fusions, plain, subtrees
 from hgfast.runtime.blocks import Block
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 from hgfast.runtime.lanes import CudaStreams, Lanes, Streams
+from hgfast.runtime.subtrees import Subtree
 
 Values = dict[int, Tensor]
 
@@ -72,6 +73,7 @@ class Kernels:
             "throughput": getattr(native, "CudaHopperBottleneck", None),
             "latency": getattr(native, "CudaLatencyBottleneck", None),
         }
+        self.subtree = getattr(native, "CudaLatencySubtree", None)
         self.ops = ops
         self.device = device
         # For branches that run beside each other; there are none on a CPU.
@@ -218,7 +220,8 @@ class CudaExecutor:
         # A stem reads the caller's tensor as it is: what only stems read is not converted.
         others = {n for step in plan.steps if step.output not in self._stems for n in step.inputs}
         self._raw = set(plan.inputs) - others - set(self._outputs)
-        self._fitting: set[tuple[torch.Size, ...]] = set()  # shapes of inputs seen to fit
+        # For shapes of inputs that were seen to fit.
+        self._fitting: dict[tuple[torch.Size, ...], list[_Launch]] = {}
         self._weights: list[Tensor] = []  # what was packed
         self._blocks: dict[int, Block] = {}  # by the value that they give
         with torch.inference_mode():
@@ -243,10 +246,11 @@ class CudaExecutor:
             ValueError: a step cannot take what reaches it; the message names the step.
         """
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in self._fitting:
-            self._plan.shapes(*shapes)  # raises where they do not fit
+        launches = self._fitting.get(shapes)
+        if launches is None:
+            launches = self._launches_of(self._plan.shapes(*shapes))  # raises where none fit
             if len(self._fitting) < 64:
-                self._fitting.add(shapes)
+                self._fitting[shapes] = launches
         dtype, layout = inputs[0].dtype, torch.channels_last
         if inputs[0].is_contiguous():
             layout = torch.contiguous_format
@@ -257,8 +261,9 @@ class CudaExecutor:
                 if number not in self._raw:
                     x = x.to(self._element, memory_format=torch.channels_last)
                 values[number] = x
-            if self._lanes is None or not self._run_in_lanes(self._lanes, values, shapes):
-                for launch in self._launches:
+            lanes = self._lanes
+            if lanes is None or not self._run_in_lanes(lanes, launches, values, shapes):
+                for launch in launches:
                     values[launch.work.gives[0]] = launch.run(values)
                     for number in launch.dead:
                         del values[number]
@@ -280,7 +285,13 @@ class CudaExecutor:
         self._kernels.ops.upsample_add(low, skip)
         return Lanes(self._kernels.streams, count)
 
-    def _run_in_lanes(self, lanes: Lanes, values: Values, shapes: tuple[torch.Size, ...]) -> bool:
+    def _run_in_lanes(
+        self,
+        lanes: Lanes,
+        launches: Sequence[_Launch],
+        values: Values,
+        shapes: tuple[torch.Size, ...],
+    ) -> bool:
         """Run with branches beside each other, if this is the place and there are any."""
         with lanes.free() as is_free:
             if not is_free:
@@ -291,13 +302,13 @@ class CudaExecutor:
                 batch, _, height, width = all_shapes[work.gives[0]]
                 return blocks.runs_beside(batch, height, width)
 
-            works = [launch.work for launch in self._launches]
+            works = [launch.work for launch in launches]
             turns = branches.schedule(works, self._outputs, is_little)
             if branches.lanes(turns) == 1:
                 return False
 
             def enqueue(turn: branches.Turn) -> None:
-                launch = self._launches[turn.index]
+                launch = launches[turn.index]
                 if turn.part == "join":
                     result = self._kernels.ops.upsample_add(*(values[n] for n in turn.reads))
                 elif turn.part == "upper":
@@ -364,6 +375,7 @@ class CudaExecutor:
         pools = {output: x for output, x in pools.items() if output in fusing}
 
         arranged: list[_Launch] = []
+        begins: list[Step] = []
         for step in steps:
             if step.output in pools:
                 continue
@@ -372,12 +384,56 @@ class CudaExecutor:
                 arranged.append(self._launch(step, weights, pools))
             elif step is head.features:
                 arranged.append(self._launch_head(head, weights))
+            else:
+                continue
+            begins.append(step)
+        self._subtrees = self._bind_subtrees(begins, steps, pools)
+        return self._with_dead(arranged)
+
+    def _with_dead(self, launches: Sequence[_Launch]) -> list[_Launch]:
+        """The launches, with what each may drop behind it."""
         kept, result = set(self._outputs), []
-        for launch in reversed(arranged):
+        for launch in reversed(launches):
             reads = dict.fromkeys(launch.work.reads)
             result.append(replace(launch, dead=tuple(n for n in reads if n not in kept)))
             kept.update(reads)
         return result[::-1]
+
+    def _bind_subtrees(
+        self, steps: Sequence[Step], every: Sequence[Step], pools: Mapping[int, int]
+    ) -> list[tuple[int, Subtree, _Launch]]:
+        """The chains of blocks that may be one launch, by the number of their first launch."""
+        kernel = self._kernels.subtree
+        if kernel is None or not evidence.is_enabled("latency"):
+            return []
+
+        def fits(step: Bottleneck) -> bool:
+            block = self._blocks.get(step.output)
+            return block is not None and "latency" in block.names and step.project is None
+
+        bound = []
+        for subtree in subtrees.find(steps, every, pools, self._outputs, fits):
+            blocks_ = [self._blocks[step.output].kernel("latency") for step in subtree.steps]
+            links = [(link.source, link.pool, link.low) for link in subtree.links]
+            try:
+                packed = kernel(blocks_, links)
+            except ValueError:  # the blocks differ in their channels
+                continue
+            work = branches.Launch((subtree.output,), (subtree.reads,))
+            launch = _Launch(_one_launch(packed, subtree.reads), work)
+            bound.append((steps.index(subtree.steps[0]), subtree, launch))
+        return bound
+
+    def _launches_of(self, shapes: Mapping[int, tuple[int, ...]]) -> list[_Launch]:
+        """The launches for values of these shapes: what is small enough, as one."""
+        result: list[_Launch] = []
+        begin = 0
+        for first, subtree, launch in self._subtrees:
+            batch, _, height, width = shapes[subtree.steps[0].output]
+            if first >= begin and subtree.fits(batch, height, width):
+                result += [*self._launches[begin:first], launch]
+                begin = first + len(subtree.steps)
+        return self._with_dead([*result, *self._launches[begin:]]) if begin else self._launches
 
     def _launch(
         self, step: Step, weights: Mapping[str, Tensor], pools: Mapping[int, int]
@@ -494,6 +550,16 @@ class CudaExecutor:
         gives = [(merge or head.steps[-1]).output]
         gives += [heatmaps.output] if heatmaps and merge else []
         return _Launch(launch, branches.Launch(tuple(gives), head.reads))
+
+
+def _one_launch(subtree: Any, reads: int) -> Callable[[Values], Tensor]:
+    """What runs a packed chain of blocks."""
+
+    def launch(values: Values) -> Tensor:
+        result: Tensor = subtree.run(values[reads])
+        return result
+
+    return launch
 
 
 def _is_prologue(step: Pool) -> bool:

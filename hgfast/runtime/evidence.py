@@ -30,7 +30,7 @@ class Feature:
 FEATURES = {
     "graph": Feature('whole networks as CUDA graphs, cuda_graph="auto"'),
     "stem": Feature("the 7x7 stem in a kernel of its own"),
-    "head": Feature("residual, 1x1, heatmaps and remerge in one kernel"),
+    "head": Feature("1x1, heatmaps and remerge behind an hourglass in one kernel"),
     "throughput": Feature("residual blocks on Hopper's warpgroup instructions (sm_90a)"),
     "latency": Feature("residual blocks of small batches over clusters (sm_90a)"),
     "branches": Feature("skip branches of small batches beside the rest, inside a CUDA graph"),

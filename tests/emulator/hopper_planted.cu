@@ -611,6 +611,19 @@ __global__ void remote_not_ordered(const __grid_constant__ ProbeParams p) {
   sync_cluster();
 }
 
+// An arrival at another block's barrier orders no writes.
+template <bool right>
+__global__ void remote_told_by_arrival(const __grid_constant__ ProbeParams p) {
+  make_barriers(1, static_cast<int>(p.value[0]));
+  sync_cluster();
+  store_remote(shared_word(thread_index()), cluster_rank() ^ 1, mine(p));
+  if constexpr (right) sync_cluster();
+  arrive_at(barrier(0), cluster_rank() ^ 1);  // HERE
+  wait_barrier(barrier(0), 0);
+  put(p, load_shared<uint32_t>(shared_word(thread_index())));
+  sync_cluster();
+}
+
 // What is done between the two steps is ordered by neither.
 template <bool right>
 __global__ void between_the_steps(const __grid_constant__ ProbeParams p) {
@@ -797,6 +810,7 @@ const Probe probes[] = {
     HGFAST_PLANTED(barrier_of_other_block),
     HGFAST_PLANTED(block_not_begun),
     HGFAST_PLANTED(remote_not_ordered),
+    HGFAST_PLANTED(remote_told_by_arrival),
     HGFAST_PLANTED(between_the_steps),
     HGFAST_PLANTED(wait_without_arrival),
     HGFAST_PLANTED(lanes_apart_at_cluster),

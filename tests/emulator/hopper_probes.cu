@@ -212,9 +212,9 @@ __global__ void ring_probe(const __grid_constant__ ProbeParams p) {
   }
 }
 
-// Every block writes to the next one of its cluster of value[0], first words, then sixteen bytes,
-// and what the others know of it they know by a barrier of the cluster, in two steps, or by one in
-// shared memory. input[0]: (blocks, 32, 8) words; output[0]: the same, from the block before.
+// Every block writes to the next one of its cluster of value[0], first words, then sixteen bytes.
+// By barriers, too: each tells the one before that it has read them, which then writes a word more.
+// input[0]: (blocks, 32, 8) words; output[0]: the same, from the block before.
 template <bool by_barrier>
 __global__ void remote_probe(const __grid_constant__ ProbeParams p) {
   const int ranks = static_cast<int>(p.value[0]), thread = thread_index();
@@ -229,17 +229,17 @@ __global__ void remote_probe(const __grid_constant__ ProbeParams p) {
   for (int i = 0; i < 4; ++i)
     store_remote(memory + 32 * thread + 4 * i, next, word(p.input[0] + first, i));
   store_remote(memory + 32 * thread + 16, next, load_global<uint4>(p.input[0] + first + 16));
-  if constexpr (by_barrier) {
-    arrive_at(shared_memory(), next);
-    wait_barrier(shared_memory(), 0);
-  } else {
-    arrive_cluster();
-    wait_cluster();
-  }
+  arrive_cluster();
+  wait_cluster();
   const int other = kWarp - 1 - thread;
   for (int i = 0; i < 2; ++i)
     store_global(p.output[0] + (int64_t{block_index()} * kWarp + other) * 32 + 16 * i,
                  load_shared<uint4>(memory + 32 * other + 16 * i));
+  if constexpr (by_barrier) {
+    arrive_at(shared_memory(), (cluster_rank() + ranks - 1) % ranks);
+    wait_barrier(shared_memory(), 0);
+    store_remote(memory + 32 * thread, next, 0u);  // over what all of that block have read
+  }
   sync_cluster();
 }
 

@@ -125,6 +125,40 @@ def pooled(dtype: torch.dtype) -> None:
             compare(f"pooled bottleneck {middle} {shape}", y, reference)
 
 
+def hopper(dtype: torch.dtype) -> None:
+    """The kernels of one architecture, where this is it: pairs of tiles that hang over the edge,
+    several for each cluster; the warpgroups' with all there is behind, the clusters' with a pool.
+    """
+    cases = (
+        ("CudaHopperBottleneck", 128, (64, 64), (2, 18, 20)),
+        ("CudaHopperBottleneck", 128, (64, 128), (1, 5, 7)),
+        ("CudaLatencyBottleneck", 128, (256, 256), (1, 10, 12)),
+        ("CudaLatencyBottleneck", 64, (64, 128), (1, 9, 8)),
+    )
+    order = ("scale", "shift", "w1", "b1", "w2", "b2", "w3", "b3", "wp", "bp")
+    for name, middle, (channels, out), (batch, height, width) in cases:
+        kernel = getattr(kernels, name, None)
+        project = channels != out
+        if kernel is None or kernel.obstacle(DEVICE, channels, middle, out, project):
+            continue
+        w = bottleneck_weights(channels, middle, out, project=project)
+        x = random_map(batch, channels, height, width, dtype=dtype, layout="channels_last")
+        low = None
+        if height % 2 == 0:
+            low = random_map(batch, out, height // 2, width // 2, dtype=dtype, seed=2)
+        block = kernel(dtype, *(moved(w).get(key) for key in order))
+        there = None if low is None else low.to(DEVICE)
+        if name == "CudaHopperBottleneck":
+            y, most = block.run(x.to(DEVICE), there, True)
+            compare(f"{name} pooled", most, torch.max_pool2d(y.cpu().double(), 2))
+        else:
+            y = block.run(x.to(DEVICE), there, False)
+        ran.add(kernels.last_path())
+        exact = None if low is None else low.double()
+        reference = bottleneck_reference(x.double(), cast(w, torch.float64), exact)
+        compare(f"{name} {channels} {out}", y, reference)
+
+
 def ends(dtype: torch.dtype) -> None:
     """Stems of several tiles a block, and heads; odd sizes and odd numbers of joints."""
     for out, batch in ((16, 1), (48, 3)):
@@ -189,6 +223,7 @@ def main() -> None:
         bottlenecks(dtype)
         if has_kernels:
             pooled(dtype)
+            hopper(dtype)
             ends(dtype)
         others(dtype)
     if REHEARSAL or cuda.HAS_TRITON:

@@ -17,6 +17,7 @@ from gpu_checks import (
     kernels,
     map_of,
     moved,
+    multiprocessors,
     needs_kernels,
     poison,
     require_device,
@@ -149,6 +150,33 @@ def test_a_chain_of_blocks_in_a_graph(size: int) -> None:
         replay()
         synchronise()
         assert same_bits(output, expected)
+
+
+@each_dtype
+@pytest.mark.parametrize(("batch", "size"), [(1, 16), (some(8, 2), some(16, 8))])
+def test_a_chain_in_one_launch(batch: int, size: int, dtype: torch.dtype) -> None:
+    """What lies below 16x16 in an hourglass, against the same blocks one by one."""
+    steps = [(-1, True, -1), (0, True, -1), (1, False, -1), (2, False, -1), (0, False, 3)]
+    steps.append((4, False, -1))
+    blocks = [
+        packed(moved(bottleneck_weights(256, 128, 256, seed=i)), dtype) for i in range(len(steps))
+    ]
+    chain = kernels.CudaLatencySubtree(blocks, steps)
+    x = map_of(batch, 256, size, size, dtype=dtype)
+    results: list[Tensor] = []
+    for block, (source, pool, low) in zip(blocks, steps, strict=True):
+        other = None if low < 0 else results[low]
+        results.append(block.run(x if source < 0 else results[source], other, pool))
+    first = chain.run(x)
+    if multiprocessors() >= 8 * batch:
+        assert same_bits(first, results[-1])
+    else:  # fewer blocks share a tile, and split conv2's sum otherwise
+        apart = (first.float() - results[-1].float()).abs()
+        assert apart.max() <= 2**-5 * results[-1].float().abs().max()
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(some(10_000, 1)):
+        wrong += ~same_bits(chain.run(x), first)
+    assert int(wrong) == 0
 
 
 @each_dtype

@@ -29,10 +29,21 @@ from torch import Tensor, nn
 
 import hgfast
 from hgfast.models import hourglass
-from hgfast.runtime import cuda
+from hgfast.region import regions_of
+from hgfast.runtime import cuda, evidence
 
 require_device()
 
+#: The residual blocks' kernels of one architecture, of which this device may take none.
+SPECIAL = (
+    {
+        name: kernel
+        for name, kernel in cuda.Kernels(kernels, kernel_ops, DEVICE).special.items()
+        if kernel is not None and not kernel.obstacle(DEVICE, 256, 128, 256, False)
+    }
+    if kernels is not None
+    else {}
+)
 ELG_WEIGHTS = "HGFAST_ELG_WEIGHTS"
 BACKEND = "cpu" if REHEARSAL else "cuda"
 
@@ -56,6 +67,21 @@ def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             return reason or cuda.CudaExecutor(plan, weights, precision, emulated, as_computed)
 
         monkeypatch.setattr("hgfast.region.choose", choose)
+
+
+@pytest.fixture
+def unproven(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernels that are switched on besides."""
+    features = str(request.param)
+    monkeypatch.setenv(evidence.UNPROVEN, features)
+    return features
+
+
+#: All that there is; with graphs, whose replays verify judges too, but for a rehearsal.
+EVERYTHING = "stem,head,throughput,latency" if REHEARSAL else "all"
+with_features = pytest.mark.parametrize(
+    "unproven", ["", "stem,head", "throughput", "latency", EVERYTHING], indirect=True
+)
 
 
 def network(stacks: int) -> nn.Module:
@@ -98,6 +124,25 @@ def test_a_float32_hourglass_at_medium(stacks: int) -> None:
     x = image(2, some(256, 64), some(256, 128))
     check(model, fast, x)
     assert all(y.dtype == torch.float32 and y.device.type == DEVICE.type for y in outputs(fast, x))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("on_the_kernels")
+@with_features
+@pytest.mark.parametrize("batch", [1] if REHEARSAL else [1, 16])
+def test_an_hourglass_in_kernels_that_are_switched_on(batch: int, unproven: str) -> None:
+    """Batch 1 is for clusters, batch 16 for the throughput kernel; a size that no tile divides."""
+    torch.manual_seed(0)
+    features = 64 if REHEARSAL and unproven in ("", "stem,head") else 256
+    model = hourglass(some(2, 1), features, depth=some(4, 2))
+    model = randomise(model).eval().to(DEVICE, DTYPES[0])
+    fast = optimized(model, backend="cuda")
+    x = image(batch, some(256, 32), some(192, 32), DTYPES[0])
+    check(model, fast, x)
+    wanted = set(evidence.FEATURES if unproven == "all" else unproven.split(","))
+    used = {feature for region in regions_of(fast) for feature in region.features}
+    assert used & {"stem", "head"} == wanted & {"stem", "head"}
+    assert used & SPECIAL.keys() == wanted & SPECIAL.keys()
 
 
 @pytest.mark.parametrize("stacks", [1, 2])
@@ -208,8 +253,9 @@ def test_a_wrong_network_is_found_out() -> None:
     assert not hgfast.verify(model, fast, image(1, 64, 64))
 
 
+@with_features
 @pytest.mark.parametrize("precision", ["medium"])
-def test_elg(precision: str) -> None:
+def test_elg(precision: str, unproven: str) -> None:
     """A trained network on a photograph, given its weights' file by an environment variable."""
     path = Path(os.environ.get(ELG_WEIGHTS) or "nowhere")
     if not path.is_file():
