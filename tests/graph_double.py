@@ -24,7 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 Clock = dict[str, int]
 
@@ -369,7 +369,8 @@ def recorded(kernel: Any, double: Double) -> Any:
         obstacle = staticmethod(getattr(kernel, "obstacle", None) or str)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._kernel = kernel(*args, **kwargs)
+            bare = tree_map(lambda arg: getattr(arg, "_kernel", arg), (args, kwargs))
+            self._kernel = kernel(*bare[0], **bare[1])
 
         def tensors(self) -> list[Tensor]:
             found: list[Tensor] = self._kernel.tensors()

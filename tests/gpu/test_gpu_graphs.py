@@ -55,6 +55,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Double | None]:
         setattr(emulated, name, recorded(getattr(emulated, name), made))
     for name, kernel in emulated.special.items():
         emulated.special[name] = kernel and recorded(kernel, made)
+    emulated.subtree = emulated.subtree and recorded(emulated.subtree, made)
     emulated.streams = DoubleLanes(made)
 
     def choose(plan: Any, weights: Any, precision: str, as_computed: bool = False) -> Any:
@@ -386,11 +387,6 @@ def schedules(monkeypatch: pytest.MonkeyPatch) -> list[tuple[branches.Turn, ...]
     return seen
 
 
-def assert_ran_beside(turns: tuple[branches.Turn, ...], lanes: int = 3) -> None:
-    assert branches.lanes(turns) == lanes
-    assert any(turn.part == "join" for turn in turns)
-
-
 @pytest.mark.parametrize("features", ["branches", "latency,branches"])
 @torch.inference_mode()
 def test_branches_beside_the_rest(
@@ -409,8 +405,9 @@ def test_branches_beside_the_rest(
             for given, wanted in zip(leaves(fast(x)), leaves(model(x)), strict=True):
                 torch.testing.assert_close(given, wanted, rtol=0.1, atol=0.1)
     assert len(schedules) == 3
-    for turns in schedules:
-        assert_ran_beside(turns)
+    # Both levels of both stacks; the lower one may be a part of a chain that is one launch.
+    found = {sum(turn.part == "join" for turn in turns) for turns in schedules}
+    assert found == {4} if features == "branches" else found <= {2, 4}
     assert "branches" in hgfast.report(fast).unproven
 
 
