@@ -4,7 +4,6 @@
 
 #include <algorithm>
 
-
 #ifdef HGFAST_HOPPER
 
 namespace hgfast {
