@@ -424,7 +424,7 @@ MUTANTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     ),
     "T2 is read before the other blocks have written theirs": (
         {"if (pass == 0) wait_cluster();  // T2 is whole": ""},
-        (*RACE, "ended too early"),
+        (*RACE, "ended too early", "divergent barrier"),
     ),
     "a step reads a map before the other blocks have written theirs": (
         {
