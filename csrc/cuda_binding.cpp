@@ -27,7 +27,7 @@ CudaBottleneck::CudaBottleneck(const std::string& where, at::ScalarType element,
                                const Tensor& w1, const Tensor& b1, const Tensor& w2,
                                const Tensor& b2, const Tensor& w3, const Tensor& b3,
                                const OptionalTensor& wp, const OptionalTensor& bp, bool relu)
-    : where_(where), element_(element) {
+    : PackedBlock(where, element) {
   const at::Device device = w1.device();
   check_packable(where, "w1", device, element);
   const auto [in, middle, out] =
@@ -47,70 +47,17 @@ CudaBottleneck::CudaBottleneck(const std::string& where, at::ScalarType element,
   tape_ =
       at::cat({wind(conv1, tape.chunk), wind(taps.flatten(1), tape.chunk), wind(conv3, tape.chunk)})
           .to(element);
-  b1_ = pad_vector(b1, tape.middle);
-  b2_ = pad_vector(b2, tape.middle);
-  b3_ = pad_vector(wp ? b3.to(at::kFloat) + bp->to(at::kFloat) : b3, tape.out);
-  if (scale) {
-    scale_ = pad_vector(*scale, tape.in);
-    shift_ = pad_vector(*shift, tape.in);
-    params_.scale = scale_.const_data_ptr<float>();
-    params_.shift = shift_.const_data_ptr<float>();
-  }
-  params_.element = element_of(element);
-  params_.in = static_cast<int>(in);
-  params_.middle = static_cast<int>(middle);
-  params_.out = static_cast<int>(out);
-  params_.project = wp.has_value();
-  params_.relu = relu;
-  params_.b1 = b1_.const_data_ptr<float>();
-  params_.b2 = b2_.const_data_ptr<float>();
-  params_.b3 = b3_.const_data_ptr<float>();
-  params_.tape = tape_.const_data_ptr();
+  keep({in, middle, out}, {tape.in, tape.middle, tape.out}, scale, shift, b1, b2, b3, bp, relu);
 }
 
 Tensor CudaBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool) const {
-  const Shape shape = map_shape(where_, "x", x);
-  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
-                    x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == tape_.device(), where_, ": expected x on ", tape_.device(),
-                    ", given ", x.device());
-  TORCH_CHECK_VALUE(shape.channels == params_.in, where_, ": expected x of ", params_.in,
-                    " channels, as w1 has, given ", shape);
-  TORCH_CHECK_VALUE(!pool || (shape.height > 1 && shape.width > 1), where_,
-                    ": expected x of at least 2x2 pixels to pool, given ", shape);
-  const Shape result = {shape.batch, params_.out, pool ? shape.height / 2 : shape.height,
-                        pool ? shape.width / 2 : shape.width};
-  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX &&
-                        result.height * result.width * result.channels <= INT32_MAX,
-                    where_, ": expected less than 2^31 elements an image, given ", shape,
-                    " for a result of ", result);
   const c10::OptionalDeviceGuard guard(x.device());
-  Tensor half;
-  if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
-  const Tensor dense = channels_last(x);
-  Tensor y = empty_map(result, x);
-  if (y.numel() == 0) return y;
-
-  cuda::BottleneckParams p = params_;
-  p.batch = result.batch;
-  p.height = result.height;
-  p.width = result.width;
-  p.x_height = shape.height;
-  p.x_width = shape.width;
-  p.pool = pool;
-  p.x = dense.const_data_ptr();
-  p.low = low ? half.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
+  Call made = call(x, low, pool);
+  if (made.y.numel() == 0) return made.y;
   const char* variant = "bottleneck";
-  check_launched(where_, cuda::bottleneck(p, current_stream(x.device()), &variant));
+  check_launched(where_, cuda::bottleneck(made.params, current_stream(x.device()), &variant));
   last_path() = {"cuda", variant};
-  return y;
-}
-
-std::vector<Tensor> CudaBottleneck::tensors() const {
-  std::vector<Tensor> tensors{tape_, b1_, b2_, b3_};
-  if (scale_.defined()) tensors.insert(tensors.end(), {scale_, shift_});
-  return tensors;
+  return made.y;
 }
 
 std::string CudaBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,

@@ -14,15 +14,13 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda_tensors.h"
+#include "cuda_block.h"
 
 namespace hgfast {
 
 // A residual block with its weights packed, for inference again and again. Immutable.
-class CudaBottleneck {
+class CudaBottleneck : public PackedBlock {
  public:
-  using OptionalTensor = std::optional<at::Tensor>;
-
   // Weights as the op takes them, on the device that will run them; `element` is bfloat16 or
   // float16. Without scale and shift, x enters conv1 as it is; with relu, the block ends in one.
   CudaBottleneck(const std::string& where, at::ScalarType element, const OptionalTensor& scale,
@@ -36,18 +34,9 @@ class CudaBottleneck {
   // channels_last.
   at::Tensor run(const at::Tensor& x, const OptionalTensor& low, bool pool) const;
 
-  // The packed weights, for those who keep account of streams.
-  std::vector<at::Tensor> tensors() const;
-
   // Why no kernel takes a block of these channels on this device, in words; "" if one does.
   static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,
                               bool project);
-
- private:
-  std::string where_;
-  at::ScalarType element_;
-  cuda::BottleneckParams params_{};  // all but the maps and their sizes
-  at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
 };
 
 // A stem (7x7, stride 2, ReLU, on an image of three channels) with its weights packed. Immutable.

@@ -17,6 +17,12 @@ Tensor items(const Tensor& matrix, int64_t rows, int64_t columns) {
       .reshape({all_rows / rows, -1});
 }
 
+bool fits(int64_t in, int64_t middle, int64_t out) {
+  return std::max({in, middle, out}) < INT32_MAX &&
+         cuda::hopper_bottleneck_fits(static_cast<int>(in), static_cast<int>(middle),
+                                      static_cast<int>(out));
+}
+
 }  // namespace
 
 CudaHopperBottleneck::CudaHopperBottleneck(const std::string& where, at::ScalarType element,
@@ -25,15 +31,12 @@ CudaHopperBottleneck::CudaHopperBottleneck(const std::string& where, at::ScalarT
                                            const Tensor& b2, const Tensor& w3, const Tensor& b3,
                                            const OptionalTensor& wp, const OptionalTensor& bp,
                                            bool relu)
-    : where_(where), element_(element) {
+    : PackedBlock(where, element) {
   const at::Device device = w1.device();
   check_packable(where, "w1", device, element);
   const auto [in, middle, out] =
       check_bottleneck(where, device, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
-  params_.in = static_cast<int>(in);
-  params_.middle = static_cast<int>(middle);
-  params_.out = static_cast<int>(out);
-  TORCH_CHECK_VALUE(cuda::hopper_bottleneck_fits(params_.in, params_.middle, params_.out), where,
+  TORCH_CHECK_VALUE(fits(in, middle, out), where,
                     ": expected 128 middle channels between multiples of 64, given ", in, " -> ",
                     middle, " -> ", out);
   const c10::OptionalDeviceGuard guard(device);
@@ -45,70 +48,29 @@ CudaHopperBottleneck::CudaHopperBottleneck(const std::string& where, at::ScalarT
   tape_ = at::cat({items(matrix(w1), Tape::kMiddle, Tape::kColumns).flatten(),
                    items(taps, Tape::kMiddle, Tape::kColumns).flatten(), outputs.flatten()})
               .to(element);
-  b1_ = pad_vector(b1, middle);
-  b2_ = pad_vector(b2, middle);
-  b3_ = pad_vector(wp ? b3.to(at::kFloat) + bp->to(at::kFloat) : b3, out);
-  if (scale) {
-    scale_ = pad_vector(*scale, in);
-    shift_ = pad_vector(*shift, in);
-    params_.scale = scale_.const_data_ptr<float>();
-    params_.shift = shift_.const_data_ptr<float>();
-  }
-  params_.element = element_of(element);
-  params_.project = wp.has_value();
-  params_.relu = relu;
-  params_.b1 = b1_.const_data_ptr<float>();
-  params_.b2 = b2_.const_data_ptr<float>();
-  params_.b3 = b3_.const_data_ptr<float>();
-  params_.tape = tape_.const_data_ptr();
+  keep({in, middle, out}, {in, middle, out}, scale, shift, b1, b2, b3, bp, relu);
 }
 
 std::pair<Tensor, CudaHopperBottleneck::OptionalTensor> CudaHopperBottleneck::run(
     const Tensor& x, const OptionalTensor& low, bool pooled) const {
-  const Shape shape = map_shape(where_, "x", x);
-  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
-                    x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == tape_.device(), where_, ": expected x on ", tape_.device(),
-                    ", given ", x.device());
-  TORCH_CHECK_VALUE(shape.channels == params_.in, where_, ": expected x of ", params_.in,
-                    " channels, as w1 has, given ", shape);
-  TORCH_CHECK_VALUE(!pooled || (shape.height > 1 && shape.width > 1), where_,
-                    ": expected x of at least 2x2 pixels to pool y, given ", shape);
-  const Shape result = {shape.batch, params_.out, shape.height, shape.width};
   const c10::OptionalDeviceGuard guard(x.device());
-  Tensor half;
-  if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
-  const Tensor dense = channels_last(x);
-  Tensor y = empty_map(result, x);
+  Call made = call(x, low, /*pool=*/false);
+  const cuda::BottleneckParams& p = made.params;
+  TORCH_CHECK_VALUE(!pooled || (p.height > 1 && p.width > 1), where_,
+                    ": expected x of at least 2x2 pixels to pool y, given ", x.sizes());
   OptionalTensor most;
-  if (pooled) most = empty_map({shape.batch, params_.out, shape.height / 2, shape.width / 2}, x);
-  if (y.numel() == 0) return {y, most};
-
-  cuda::HopperBottleneckParams p{params_, most ? most->mutable_data_ptr() : nullptr};
-  p.block.batch = result.batch;
-  p.block.height = p.block.x_height = result.height;
-  p.block.width = p.block.x_width = result.width;
-  p.block.x = dense.const_data_ptr();
-  p.block.low = low ? half.const_data_ptr() : nullptr;
-  p.block.y = y.mutable_data_ptr();
+  if (pooled) most = empty_map({p.batch, p.out, p.height / 2, p.width / 2}, x);
+  if (made.y.numel() == 0) return {made.y, most};
   const char* variant = "hopper_bottleneck";
-  check_launched(where_, cuda::hopper_bottleneck(p, current_stream(x.device()), &variant));
+  check_launched(where_, cuda::hopper_bottleneck({p, most ? most->mutable_data_ptr() : nullptr},
+                                                 current_stream(x.device()), &variant));
   last_path() = {"cuda", variant};
-  return {y, most};
-}
-
-std::vector<Tensor> CudaHopperBottleneck::tensors() const {
-  std::vector<Tensor> tensors{tape_, b1_, b2_, b3_};
-  if (scale_.defined()) tensors.insert(tensors.end(), {scale_, shift_});
-  return tensors;
+  return {made.y, most};
 }
 
 std::string CudaHopperBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,
                                            int64_t out, [[maybe_unused]] bool project) {
-  const bool fits = std::max({in, middle, out}) < INT32_MAX &&
-                    cuda::hopper_bottleneck_fits(static_cast<int>(in), static_cast<int>(middle),
-                                                 static_cast<int>(out));
-  if (!fits)
+  if (!fits(in, middle, out))
     return c10::str("its channels (", in, ", ", middle, ", ", out,
                     ") are not 128 in the middle between multiples of 64");
   const c10::OptionalDeviceGuard guard(device);

@@ -8,14 +8,12 @@
 #include <vector>
 
 #include "cuda/hopper_bottleneck.h"
-#include "cuda_tensors.h"
+#include "cuda_block.h"
 
 namespace hgfast {
 
-class CudaHopperBottleneck {
+class CudaHopperBottleneck : public PackedBlock {
  public:
-  using OptionalTensor = std::optional<at::Tensor>;
-
   CudaHopperBottleneck(const std::string& where, at::ScalarType element,
                        const OptionalTensor& scale, const OptionalTensor& shift,
                        const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
@@ -27,17 +25,9 @@ class CudaHopperBottleneck {
   std::pair<at::Tensor, OptionalTensor> run(const at::Tensor& x, const OptionalTensor& low,
                                             bool pooled) const;
 
-  std::vector<at::Tensor> tensors() const;
-
   // Why the kernel does not take a block of these channels on this device, in words; "" if it does.
   static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,
                               bool project);
-
- private:
-  std::string where_;
-  at::ScalarType element_;
-  cuda::BottleneckParams params_{};  // all but the maps and their sizes
-  at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
 };
 
 }  // namespace hgfast

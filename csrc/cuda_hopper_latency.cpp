@@ -39,7 +39,7 @@ CudaLatencyBottleneck::CudaLatencyBottleneck(const std::string& where, at::Scala
                                              const Tensor& w3, const Tensor& b3,
                                              const OptionalTensor& wp, const OptionalTensor& bp,
                                              bool relu)
-    : where_(where), element_(element) {
+    : PackedBlock(where, element) {
   const at::Device device = w1.device();
   check_packable(where, "w1", device, element);
   const auto [in, middle, out] =
@@ -57,72 +57,19 @@ CudaLatencyBottleneck::CudaLatencyBottleneck(const std::string& where, at::Scala
   if (wp) outputs = at::cat({input_units(*wp), outputs}, 1);
   tape_ =
       at::cat({input_units(w1).flatten(), units(taps).flatten(), outputs.flatten()}).to(element);
-  b1_ = pad_vector(b1, middle);
-  b2_ = pad_vector(b2, middle);
-  b3_ = pad_vector(wp ? b3.to(at::kFloat) + bp->to(at::kFloat) : b3, out);
-  if (scale) {
-    const int64_t padded = (in + 31) / 32 * 32;
-    scale_ = pad_vector(*scale, padded);
-    shift_ = pad_vector(*shift, padded);
-    params_.scale = scale_.const_data_ptr<float>();
-    params_.shift = shift_.const_data_ptr<float>();
-  }
-  params_.element = element_of(element);
-  params_.in = static_cast<int>(in);
-  params_.middle = static_cast<int>(middle);
-  params_.out = static_cast<int>(out);
-  params_.project = wp.has_value();
-  params_.relu = relu;
-  params_.b1 = b1_.const_data_ptr<float>();
-  params_.b2 = b2_.const_data_ptr<float>();
-  params_.b3 = b3_.const_data_ptr<float>();
-  params_.tape = tape_.const_data_ptr();
+  keep({in, middle, out}, {(in + 31) / 32 * 32, middle, out}, scale, shift, b1, b2, b3, bp, relu);
 }
 
 Tensor CudaLatencyBottleneck::run(const Tensor& x, const OptionalTensor& low, bool pool) const {
-  const Shape shape = map_shape(where_, "x", x);
-  TORCH_CHECK_VALUE(x.scalar_type() == element_, where_, ": expected x in ", element_, ", given ",
-                    x.scalar_type());
-  TORCH_CHECK_VALUE(x.device() == tape_.device(), where_, ": expected x on ", tape_.device(),
-                    ", given ", x.device());
-  TORCH_CHECK_VALUE(shape.channels == params_.in, where_, ": expected x of ", params_.in,
-                    " channels, as w1 has, given ", shape);
-  TORCH_CHECK_VALUE(!pool || (shape.height > 1 && shape.width > 1), where_,
-                    ": expected x of at least 2x2 pixels to pool, given ", shape);
-  const Shape result = {shape.batch, params_.out, pool ? shape.height / 2 : shape.height,
-                        pool ? shape.width / 2 : shape.width};
-  TORCH_CHECK_VALUE(shape.height * shape.width * shape.channels <= INT32_MAX &&
-                        result.height * result.width * result.channels <= INT32_MAX,
-                    where_, ": expected less than 2^31 elements an image, given ", shape,
-                    " for a result of ", result);
   const c10::OptionalDeviceGuard guard(x.device());
-  Tensor half;
-  if (low) half = second_map(where_, "low", *low, half_of(where_, result), x);
-  const Tensor dense = channels_last(x);
-  Tensor y = empty_map(result, x);
-  if (y.numel() == 0) return y;
-
-  cuda::BottleneckParams p = params_;
-  p.batch = result.batch;
-  p.height = result.height;
-  p.width = result.width;
-  p.x_height = shape.height;
-  p.x_width = shape.width;
-  p.pool = pool;
-  p.x = dense.const_data_ptr();
-  p.low = low ? half.const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
+  Call made = call(x, low, pool);
+  if (made.y.numel() == 0) return made.y;
   const char* variant = "latency";
+  const bool programmatic = launched_.exchange(true);
   check_launched(where_,
-                 cuda::latency(p, launched_.exchange(true), current_stream(x.device()), &variant));
+                 cuda::latency(made.params, programmatic, current_stream(x.device()), &variant));
   last_path() = {"cuda", variant};
-  return y;
-}
-
-std::vector<Tensor> CudaLatencyBottleneck::tensors() const {
-  std::vector<Tensor> tensors{tape_, b1_, b2_, b3_};
-  if (scale_.defined()) tensors.insert(tensors.end(), {scale_, shift_});
-  return tensors;
+  return made.y;
 }
 
 std::string CudaLatencyBottleneck::obstacle(const at::Device& device, int64_t in, int64_t middle,

@@ -9,14 +9,12 @@
 #include <vector>
 
 #include "cuda/hopper_latency.h"
-#include "cuda_tensors.h"
+#include "cuda_block.h"
 
 namespace hgfast {
 
-class CudaLatencyBottleneck {
+class CudaLatencyBottleneck : public PackedBlock {
  public:
-  using OptionalTensor = std::optional<at::Tensor>;
-
   CudaLatencyBottleneck(const std::string& where, at::ScalarType element,
                         const OptionalTensor& scale, const OptionalTensor& shift,
                         const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
@@ -28,21 +26,11 @@ class CudaLatencyBottleneck {
   // channels_last.
   at::Tensor run(const at::Tensor& x, const OptionalTensor& low, bool pool) const;
 
-  std::vector<at::Tensor> tensors() const;
-
   // Why the kernel does not take a block of these channels on this device, in words; "" if it does.
   static std::string obstacle(const at::Device& device, int64_t in, int64_t middle, int64_t out,
                               bool project);
 
-  // All but the maps and their sizes; valid as long as tensors() live.
-  const cuda::BottleneckParams& params() const { return params_; }
-  at::ScalarType element() const { return element_; }
-
  private:
-  std::string where_;
-  at::ScalarType element_;
-  cuda::BottleneckParams params_{};  // all but the maps and their sizes
-  at::Tensor scale_, shift_, b1_, b2_, b3_, tape_;
   // A launch reads the weights before the kernel in front of it has ended, which the first time may
   // be the one that packs them. So the first launch waits for that one as any other does.
   mutable std::atomic<bool> launched_{false};
