@@ -170,7 +170,7 @@ def stem(
 
     The padding is zeros behind the first line, as in a network that is given normalised images. On
     a GPU all of it is one pass over memory. ``t`` and the weights are rounded to the dtype of the
-    result.
+    result; on a CPU so is the bias.
 
     For bytes from a file and the mean and deviation of ``torchvision.transforms.Normalize``,
     ``scale = 1 / (255 * deviation)`` and ``shift = -mean / deviation``; the image's bytes as they

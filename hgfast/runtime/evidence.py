@@ -1,7 +1,8 @@
-"""Which GPU kernels hgfast takes on its own: those with a committed result of a run on a GPU.
+"""What hgfast does on a GPU beyond its portable kernels, and what speaks for it.
 
-One table. A feature without evidence is off; it is right as far as the emulator, the compiler and
-rehearsals on a CPU can tell, and whoever wants to try it sets ``HGFAST_UNPROVEN``.
+One table. A feature without a committed result of a run on a GPU is off; it is right as far as the
+emulator, the compiler and rehearsals on a CPU can tell, and whoever wants to try it sets
+``HGFAST_UNPROVEN``. The portable kernels are no feature: without them nothing would run there.
 """
 
 from __future__ import annotations
