@@ -146,7 +146,8 @@ def optimize(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
         raise ValueError(f'cuda_graph must be "auto", True or False, got {cuda_graph!r}')
-    evidence.asked_for()  # raises where the environment names what there is not
+    if not _native.is_disabled():
+        evidence.asked_for()  # raises where the environment names what there is not
     decoding = None if decode is None else _decoding(decode)
     own = model.__dict__.get("forward")
     if decoding is not None and own is not None and not isinstance(own, Forward):

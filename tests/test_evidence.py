@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+import hgfast
 from hgfast.runtime import evidence
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -22,7 +24,7 @@ def test_without_evidence_a_feature_is_off_until_it_is_named(monkeypatch):
     monkeypatch.setenv(evidence.UNPROVEN, "graph, stem")
     assert evidence.is_enabled("stem")
     assert not evidence.is_enabled("latency")
-    monkeypatch.setenv(evidence.UNPROVEN, "all")
+    monkeypatch.setenv(evidence.UNPROVEN, "stem,all")
     assert all(map(evidence.is_enabled, evidence.FEATURES))
 
 
@@ -30,3 +32,8 @@ def test_unknown_names_are_an_error(monkeypatch):
     monkeypatch.setenv(evidence.UNPROVEN, "stem,hopper")
     with pytest.raises(ValueError, match=r"HGFAST_UNPROVEN must be .* got 'hopper'"):
         evidence.is_enabled("graph")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU()).eval()
+    with pytest.raises(ValueError, match="got 'hopper'"):
+        hgfast.optimize(model)
+    monkeypatch.setenv("HGFAST_DISABLE", "1")  # then nothing of it matters
+    hgfast.optimize(model)
