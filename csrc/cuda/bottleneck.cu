@@ -8,22 +8,6 @@ constexpr int kLeastShared = 99 * 1024;  // of a block on sm_86, sm_89, sm_120; 
 
 int padded(int channels, int multiple) { return (channels + multiple - 1) / multiple * multiple; }
 
-bool sensible(const BottleneckParams& p) {
-  for (const int channels : {p.in, p.middle, p.out})
-    if (channels < 16 || channels % 16) return false;
-  if (p.batch < 0 || p.height < 1 || p.width < 1) return false;
-  const int64_t x_height = p.pool ? p.x_height / 2 : p.x_height;
-  const int64_t x_width = p.pool ? p.x_width / 2 : p.x_width;
-  if (x_height != p.height || x_width != p.width) return false;
-  // Offsets in an image are int.
-  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;
-  if (p.height * p.width * p.out > INT32_MAX) return false;
-  if (!p.project && p.in != p.out) return false;
-  if (!p.scale != !p.shift) return false;
-  if (p.low && (p.height % 2 || p.width % 2)) return false;
-  return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
-}
-
 int64_t tiles(const BottleneckParams& p, int height, int width) {
   return (p.height + height - 1) / height * ((p.width + width - 1) / width);
 }
@@ -140,7 +124,7 @@ std::vector<BottleneckVariant> bottleneck_variants() {
 
 cudaError_t bottleneck(const BottleneckParams& p, cudaStream_t stream, const char** name) {
   if (p.batch == 0) return cudaSuccess;
-  if (!sensible(p)) return cudaErrorInvalidValue;
+  if (!is_sensible(p)) return cudaErrorInvalidValue;
   Device device{};
   if (const auto error = current_device(device)) return error;
   BottleneckVariant variant;

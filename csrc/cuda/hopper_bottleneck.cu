@@ -29,14 +29,8 @@ constexpr const char* kNames[] = {"hopper_bottleneck<bfloat16>", "hopper_bottlen
 
 bool sensible(const HopperBottleneckParams& params) {
   const BottleneckParams& p = params.block;
-  if (!hopper_bottleneck_fits(p.in, p.middle, p.out)) return false;
-  if (p.batch < 0 || p.height < 1 || p.width < 1 || p.pool) return false;
-  if (p.x_height != p.height || p.x_width != p.width) return false;
-  if (!p.project && p.in != p.out) return false;
-  if (!p.scale != !p.shift) return false;
-  if (p.low && (p.height % 2 || p.width % 2)) return false;
-  if (params.pooled && (p.height < 2 || p.width < 2)) return false;
-  return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
+  return is_sensible(p) && hopper_bottleneck_fits(p.in, p.middle, p.out) && !p.pool &&
+         !(params.pooled && (p.height < 2 || p.width < 2));
 }
 
 }  // namespace

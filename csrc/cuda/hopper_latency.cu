@@ -10,22 +10,6 @@ constexpr int kShared = 113 * 1024;
 constexpr int kMostStrips = 4;  // of 16 middle channels of a block
 constexpr int kFewestSlots = 3;
 
-bool sensible(const BottleneckParams& p) {
-  for (const int channels : {p.in, p.middle, p.out})
-    if (channels < 16 || channels % 16) return false;
-  if (p.batch < 0 || p.height < 1 || p.width < 1) return false;
-  const int64_t x_height = p.pool ? p.x_height / 2 : p.x_height;
-  const int64_t x_width = p.pool ? p.x_width / 2 : p.x_width;
-  if (x_height != p.height || x_width != p.width) return false;
-  // Offsets in an image are int.
-  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;
-  if (p.height * p.width * p.out > INT32_MAX) return false;
-  if (!p.project && p.in != p.out) return false;
-  if (!p.scale != !p.shift) return false;
-  if (p.low && (p.height % 2 || p.width % 2)) return false;
-  return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
-}
-
 template <class Config>
 struct Instance {
   // False where a block would need more shared memory than there is.
@@ -139,7 +123,7 @@ std::vector<BottleneckVariant> latency_variants() {
 cudaError_t latency(const BottleneckParams& p, bool programmatic, cudaStream_t stream,
                     const char** name) {
   if (p.batch == 0) return cudaSuccess;
-  if (!sensible(p)) return cudaErrorInvalidValue;
+  if (!is_sensible(p)) return cudaErrorInvalidValue;
   Device device{};
   if (const auto error = current_device(device)) return error;
   if (device.major != 9 || device.minor != 0) return cudaErrorNotSupported;
@@ -168,7 +152,7 @@ bool sensible_chain(const SubtreeParams& p) {
     block.x = first.x;  // of the others none is read
     block.y = p.blocks[p.steps - 1].y;
     block.low = nullptr;
-    if (!sensible(block) || block.project || block.in != first.in) return false;
+    if (!is_sensible(block) || block.project || block.in != first.in) return false;
     if (block.middle != first.middle || block.element != first.element) return false;
     if (block.batch != first.batch || block.height > 8 || block.width > 8) return false;
     const int source = p.source[i], low = p.low[i];

@@ -45,6 +45,23 @@ struct BottleneckParams {
   const void* tape;            // all weights, in the order in which a block needs them
 };
 
+// Whether they are as described.
+inline bool is_sensible(const BottleneckParams& p) {
+  for (const int channels : {p.in, p.middle, p.out})
+    if (channels < 16 || channels % 16) return false;
+  if (p.batch < 0 || p.height < 1 || p.width < 1) return false;
+  const int64_t x_height = p.pool ? p.x_height / 2 : p.x_height;
+  const int64_t x_width = p.pool ? p.x_width / 2 : p.x_width;
+  if (x_height != p.height || x_width != p.width) return false;
+  // Offsets in an image are int.
+  if (p.x_height * p.x_width * p.in > INT32_MAX) return false;
+  if (p.height * p.width * p.out > INT32_MAX) return false;
+  if (!p.project && p.in != p.out) return false;
+  if (!p.scale != !p.shift) return false;
+  if (p.low && (p.height % 2 || p.width % 2)) return false;
+  return p.x && p.y && p.b1 && p.b2 && p.b3 && p.tape;
+}
+
 // The order of the weights on the tape. Three matrices of (rows, columns), padded with zeros:
 //
 //   conv1: (middle, in)
