@@ -252,4 +252,4 @@ def test_a_planted_mistake_is_noticed(
     assert found, "nobody noticed"
     assert found <= set(kinds), reports
     for report in reports:
-        assert not report or "csrc/cuda/bottleneck.cuh:" in report or "written" in report, report
+        assert not report or " at csrc/cuda/" in report or "written" in report, report

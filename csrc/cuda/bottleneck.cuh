@@ -30,6 +30,7 @@
 // the 3x3 window stands.
 #pragma once
 
+#include "fragments.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -440,34 +441,6 @@ struct BottleneckTile {
 
   // ---- Output ----
 
-  // A quad's four lanes hold, of a pixel, two columns each of four fragments; afterwards all eight
-  // columns of one fragment, the one with the number of the lane.
-  HGFAST_DEVICE void transpose_quad(float2 (&v)[4]) const {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = quad & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const float2 given = upper ? v[i] : v[i + bit];
-        const float2 taken = {shuffle_xor(given.x, bit), shuffle_xor(given.y, bit)};
-        if (upper)
-          v[i] = taken;
-        else
-          v[i + bit] = taken;
-      }
-    }
-  }
-
-  HGFAST_DEVICE static void add(float2 (&v)[4], uint4 piece) {
-    const uint32_t pairs[] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 value = unpack<T>(pairs[i]);
-      v[i] = {v[i].x + value.x, v[i].y + value.y};
-    }
-  }
-
   HGFAST_DEVICE void store_output(const float (&sums)[Config::tile_m][Config::n][4],
                                   int chunk) const {
     // The image in y and in low; offsets in an image are int.
@@ -515,14 +488,14 @@ struct BottleneckTile {
 
           const int channel = channel_of(n);
           if (!inside(y[half], x[half]) || channel >= p.out) continue;
-          if (!p.project) add(v, shortcut[half][n / 4]);
+          if (!p.project) add<T>(v, shortcut[half][n / 4]);
           if (p.relu) {
 #pragma unroll
             for (float2& value : v) value = {relu(value.x), relu(value.y)};
           }
           if (p.low) {
             const int below = (y[half] / 2 * (width / 2) + x[half] / 2) * p.out + channel;
-            add(v, load_global<uint4>(low + int64_t{below} * 2));
+            add<T>(v, load_global<uint4>(low + int64_t{below} * 2));
           }
           store_global(out + int64_t{(y[half] * width + x[half]) * p.out + channel} * 2,
                        uint4{pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y),
