@@ -36,6 +36,11 @@ inline at::ScalarType scalar_type(cpu::Element element) {
   return element == cpu::Element::float32 ? at::kFloat : at::kBFloat16;
 }
 
+// An op has no other say: float32 maps are multiplied as they are.
+inline cpu::Precision precision_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? cpu::Precision::highest : cpu::Precision::medium;
+}
+
 inline int64_t bytes_of(cpu::Element element) { return element == cpu::Element::float32 ? 4 : 2; }
 
 // The shape of a feature map that the kernels can read.
@@ -52,13 +57,13 @@ inline at::Tensor own_floats(const at::Tensor& tensor) {
   return tensor.detach().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
 }
 
-inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Element element,
+inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Precision precision,
                               const at::Tensor& weight) {
   const at::Tensor plain = weight.detach().to(at::kFloat).contiguous();
   const auto out = plain.size(0), in = plain.size(1), height = plain.size(2), width = plain.size(3);
-  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(element, out, in, height, width));
+  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(precision, out, in, height, width));
   at::Tensor packed = at::empty({bytes}, at::kByte);
-  kernels.pack(element, out, in, height, width, plain.const_data_ptr<float>(),
+  kernels.pack(precision, out, in, height, width, plain.const_data_ptr<float>(),
                packed.mutable_data_ptr());
   return packed;
 }
@@ -68,7 +73,7 @@ struct BottleneckWeights {
   cpu::BottleneckParams params{};
   std::array<at::Tensor, 10> owned;
 
-  BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+  BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
                     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
                     const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                     const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
@@ -76,7 +81,7 @@ struct BottleneckWeights {
                     bool relu) {
     const auto [in, middle, out] =
         check_bottleneck(where, at::kCPU, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
-    params.element = element;
+    params.precision = precision;
     params.relu = relu;
     params.in = in;
     params.middle = middle;
@@ -86,7 +91,7 @@ struct BottleneckWeights {
       return (owned[next++] = own_floats(tensor)).const_data_ptr<float>();
     };
     const auto packed = [&](const at::Tensor& tensor) {
-      return (owned[next++] = pack_weight(kernels, element, tensor)).const_data_ptr();
+      return (owned[next++] = pack_weight(kernels, precision, tensor)).const_data_ptr();
     };
     if (scale) {
       params.scale = floats(*scale);
@@ -121,13 +126,13 @@ struct ConvWeights {
   cpu::ConvParams params{};
   std::array<at::Tensor, 4> owned;
 
-  ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+  ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu,
               bool relu_sum) {
     check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding, dilation);
-    params.element = element;
+    params.precision = precision;
     params.out = weight.size(0);
     params.in = weight.size(1);
     params.kernel_h = weight.size(2);
@@ -140,7 +145,7 @@ struct ConvWeights {
     params.dilation_w = dilation[1];
     params.relu = relu;
     params.relu_sum = relu_sum;
-    owned[0] = pack_weight(kernels, element, weight);
+    owned[0] = pack_weight(kernels, precision, weight);
     owned[1] = own_floats(bias);
     params.weight = owned[0].const_data_ptr();
     params.bias = owned[1].const_data_ptr<float>();
@@ -170,13 +175,13 @@ struct ConvTransposeWeights {
   std::array<int64_t, 2> output_padding;
   std::array<at::Tensor, 2> owned;
 
-  ConvTransposeWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
-                       const at::Tensor& weight, const at::Tensor& bias, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef output_padding, bool relu,
-                       bool relu_sum)
+  ConvTransposeWeights(const std::string& where, const cpu::Kernels& kernels,
+                       cpu::Precision precision, const at::Tensor& weight, const at::Tensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef output_padding, bool relu, bool relu_sum)
       : output_padding{output_padding[0], output_padding[1]} {
     check_conv_transpose(where, at::kCPU, weight, bias, stride, padding, output_padding);
-    params.element = element;
+    params.precision = precision;
     params.in = weight.size(0);
     params.out = weight.size(1);
     params.kernel_h = weight.size(2);
@@ -190,7 +195,7 @@ struct ConvTransposeWeights {
     std::vector<at::Tensor> phases;
     for (int64_t i = 0; i < std::min(stride[0], params.kernel_h); ++i)
       for (int64_t j = 0; j < std::min(stride[1], params.kernel_w); ++j)
-        phases.push_back(pack_weight(kernels, element,
+        phases.push_back(pack_weight(kernels, precision,
                                      weight.detach()
                                          .slice(2, i, std::nullopt, stride[0])
                                          .slice(3, j, std::nullopt, stride[1])

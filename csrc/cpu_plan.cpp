@@ -50,10 +50,22 @@ std::array<int64_t, 2> both(const CpuPlan::Pair& pair) { return {pair.first, pai
 
 // ---- recording ----
 
-CpuPlan::CpuPlan(const std::string& element, std::shared_ptr<Arena> arena)
+CpuPlan::CpuPlan(const std::string& element, std::shared_ptr<Arena> arena, bool high)
     : kernels_(cpu::kernels()),
       element_(element_named(element)),
-      arena_(arena ? std::move(arena) : std::make_shared<Arena>()) {}
+      precision_(element_ == cpu::Element::bfloat16 ? cpu::Precision::medium
+                 : high                             ? cpu::Precision::high
+                                                    : cpu::Precision::highest),
+      arena_(arena ? std::move(arena) : std::make_shared<Arena>()) {
+  TORCH_CHECK_VALUE(!high || element_ == cpu::Element::float32,
+                    "CpuPlan: expected the element \"float32\" where high is asked for, given \"",
+                    element, "\"");
+}
+
+std::string CpuPlan::products() const {
+  if (precision_ == cpu::Precision::high) return kernels_.high;
+  return element_ == cpu::Element::float32 ? "float32" : "bfloat16";
+}
 
 std::string CpuPlan::where(const char* op) const {
   return "step " + std::to_string(steps_.size()) + " (" + op + ")";
@@ -108,7 +120,7 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
   const char* op = "bottleneck";
   const std::string place = where(op);
   const auto weights = std::make_shared<const BottleneckWeights>(
-      place, kernels_, element_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
+      place, kernels_, precision_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
   const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
   std::vector<Slot> reads = {x};
   if (low) reads.push_back(half);
@@ -134,7 +146,7 @@ void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tens
   const char* op = "conv";
   const std::string place = where(op);
   const auto weights = std::make_shared<const ConvWeights>(
-      place, kernels_, element_, weight, bias, scale, shift, both(stride), both(padding),
+      place, kernels_, precision_, weight, bias, scale, shift, both(stride), both(padding),
       both(dilation), relu, relu_sum);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
@@ -161,7 +173,7 @@ void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, cons
   const char* op = "conv_transpose";
   const std::string place = where(op);
   const auto weights = std::make_shared<const ConvTransposeWeights>(
-      place, kernels_, element_, weight, bias, both(stride), both(padding), both(output_padding),
+      place, kernels_, precision_, weight, bias, both(stride), both(padding), both(output_padding),
       relu, relu_sum);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};

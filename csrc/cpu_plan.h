@@ -49,8 +49,10 @@ class CpuPlan {
   using Pair = std::pair<int64_t, int64_t>;
   using OptionalTensor = std::optional<at::Tensor>;
 
-  // "float32" or "bfloat16"; without an arena, one of its own.
-  explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr);
+  // "float32" or "bfloat16", what activations are kept in; without an arena, one of its own. Of
+  // float32 activations products are formed as Precision::highest has them, or `high`.
+  explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr,
+                   bool high = false);
 
   // Formulas in cpu/kernels.h; settings as torch.nn.functional has them.
   void bottleneck(Id input, Id output, const OptionalTensor& scale, const OptionalTensor& shift,
@@ -79,6 +81,7 @@ class CpuPlan {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
 
   std::string path() const { return kernels_.name; }
+  std::string products() const;  // what is multiplied: "float32", "bf16x3", "bfloat16"
 
  private:
   using Slot = int64_t;  // a place in the run's table of pointers: values, inputs, outputs
@@ -137,6 +140,7 @@ class CpuPlan {
 
   const cpu::Kernels& kernels_;
   const cpu::Element element_;
+  const cpu::Precision precision_;
   bool finished_ = false;
   bool as_computed_ = false;
   std::vector<Step> steps_;

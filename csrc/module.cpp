@@ -43,11 +43,11 @@ void bind_cpu_plan(py::module_& m) {
   py::class_<CpuPlan>(m, "CpuPlan",
                       "A network's steps over numbered values, weights packed once, run in one "
                       "call. Record the steps, finish(), then run() from any thread.")
-      .def(
-          py::init(translated([](const std::string& element, std::shared_ptr<hgfast::Arena> arena) {
-            return std::make_unique<CpuPlan>(element, std::move(arena));
-          })),
-          arg("element"), arg("arena") = py::none())
+      .def(py::init(translated(
+               [](const std::string& element, std::shared_ptr<hgfast::Arena> arena, bool high) {
+                 return std::make_unique<CpuPlan>(element, std::move(arena), high);
+               })),
+           arg("element"), arg("arena") = py::none(), arg("high") = false)
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
            arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
@@ -71,6 +71,8 @@ void bind_cpu_plan(py::module_& m) {
       .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
            arg("as_computed") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
+      .def_property_readonly("products", &CpuPlan::products,
+                             "What is multiplied: \"float32\", \"bf16x3\", \"bfloat16\"")
       .def_property_readonly("path", &CpuPlan::path,
                              "The instruction set whose kernels the weights are packed for.");
 }

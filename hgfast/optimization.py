@@ -26,7 +26,7 @@ PRECISIONS = ("highest", "high", "medium")
 
 #: A region whose relative L2 difference from eager on the example exceeds this is not swapped
 #: in. Wide on purpose: it catches a wrong structure; ``hgfast.verify`` judges accuracy.
-_PLAUSIBLE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-1}
+_PLAUSIBLE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -421,7 +421,7 @@ def _plausible(
             del wrong[region]
         results = [values[number] for number in output_values(region.plan.outputs)]
         expected = torch.utils._pytree.tree_leaves(output)
-        limit = _PLAUSIBLE[executor.backend.split()[-1]]
+        limit = _PLAUSIBLE[executor.dtype]
         for result, eager in zip(results, expected, strict=True):
             off = _relative_error(result, eager)
             if not off <= limit:  # a NaN is no agreement either

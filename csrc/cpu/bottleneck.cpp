@@ -220,7 +220,7 @@ void run(const BottleneckParams& p, int threads, int64_t begin, int64_t end, voi
 
 Work plan_bottleneck(const BottleneckParams& p, int threads) {
   Work work;
-  with_types(p.element, [&](auto operand, auto) {
+  with_types(p.precision, [&](auto operand, auto) {
     const Split split = Split::of(p, threads, operand);
     Scratch scratch(nullptr);
     Buffers<decltype(operand)>(p, split, scratch);
@@ -230,7 +230,7 @@ Work plan_bottleneck(const BottleneckParams& p, int threads) {
 }
 
 void bottleneck(const BottleneckParams& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  with_types(p.element, [&](auto operand, auto element) {
+  with_types(p.precision, [&](auto operand, auto element) {
     run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
   });
 }

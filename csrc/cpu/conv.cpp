@@ -355,7 +355,7 @@ void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
 
 Work plan(const Job& p, int threads) {
   Work work;
-  with_types(p.element, [&](auto operand, auto element) {
+  with_types(p.precision, [&](auto operand, auto element) {
     const Geometry g = Geometry::of(p, threads, operand, element);
     Scratch scratch(nullptr);
     Buffers<decltype(operand)>(p, g, scratch);
@@ -365,7 +365,7 @@ Work plan(const Job& p, int threads) {
 }
 
 void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  with_types(p.element, [&](auto operand, auto element) {
+  with_types(p.precision, [&](auto operand, auto element) {
     run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
   });
 }
@@ -390,7 +390,7 @@ void each_phase(const ConvTransposeParams& p, F f) {
     const Phase h(i, p.kernel_h, p.stride_h, p.pad_h, p.out_height);
     for (int64_t j = 0; j < p.stride_w; ++j) {
       const Phase w(j, p.kernel_w, p.stride_w, p.pad_w, p.out_width);
-      Job job(ConvParams{.element = p.element,
+      Job job(ConvParams{.precision = p.precision,
                          .batch = p.batch,
                          .height = p.height,
                          .width = p.width,
@@ -413,7 +413,7 @@ void each_phase(const ConvTransposeParams& p, F f) {
                          .shift = nullptr,
                          .weight = weight,
                          .bias = p.bias});
-      weight += packed_bytes(p.element, p.out, p.in, h.taps, w.taps);
+      weight += packed_bytes(p.precision, p.out, p.in, h.taps, w.taps);
       job.out_height = h.count;
       job.out_width = w.count;
       job.full_height = p.out_height;

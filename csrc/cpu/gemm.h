@@ -312,8 +312,8 @@ using Bf16Operand = float;
 
 // Runs f(operand, element) with values of the C++ types.
 template <class F>
-inline void with_types(Element element, F f) {
-  element == Element::float32 ? f(float{}, float{}) : f(Bf16Operand{}, bf16{});
+inline void with_types(Precision precision, F f) {
+  precision == Precision::medium ? f(Bf16Operand{}, bf16{}) : f(float{}, float{});
 }
 
 }  // namespace hgfast::cpu::HGFAST_ISA

@@ -20,6 +20,13 @@ namespace hgfast::cpu {
 
 enum class Element : int { float32, bfloat16 };
 
+// How products are formed. The activations follow: bfloat16 at `medium`, else float32.
+enum class Precision : int {
+  highest,  // of float32 operands
+  high,     // float32-grade: whatever is fastest here
+  medium    // of bfloat16 operands
+};
+
 struct Work {
   int64_t tasks;   // independent pieces, numbered from 0
   size_t scratch;  // bytes that each thread needs, 64-byte aligned
@@ -31,7 +38,7 @@ struct Work {
 // 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
 // are folded into the convolutions.
 struct BottleneckParams {
-  Element element;
+  Precision precision;
   bool relu;
   int64_t batch, height, width;
   int64_t in, middle, out;         // channels
@@ -47,7 +54,7 @@ struct BottleneckParams {
 // act = relu if relu, act_sum likewise. Any kernel size, stride, padding, dilation; zero padding
 // applies after pre.
 struct ConvParams {
-  Element element;
+  Precision precision;
   int64_t batch, height, width;  // of x
   int64_t in, out;               // channels
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -67,7 +74,7 @@ struct ConvParams {
 // Only every stride-th tap of the kernel, from tap r, reaches them: each phase is an ordinary
 // convolution by those taps, in reverse order, and has its weight packed for itself.
 struct ConvTransposeParams {
-  Element element;
+  Precision precision;
   int64_t batch, height, width;   // of x
   int64_t in, out;                // channels
   int64_t out_height, out_width;  // of y
@@ -183,11 +190,12 @@ struct DecodeParams {
 // the kernel runs tasks [begin, end).
 struct Kernels {
   const char* name;
+  const char* high;  // what Precision::high multiplies: "float32" or "bf16x3"
 
   // A convolution's weight (out, in, kernel_h, kernel_w), float32, into the layout this
-  // instruction set multiplies fastest for activations of `element`. 64-byte aligned.
-  size_t (*packed_bytes)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-  void (*pack)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+  // instruction set multiplies fastest at this precision. 64-byte aligned.
+  size_t (*packed_bytes)(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+  void (*pack)(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
                const float* weight, void* packed);
 
   Work (*plan_bottleneck)(const BottleneckParams&, int threads);

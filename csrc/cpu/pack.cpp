@@ -50,9 +50,10 @@ void pack_panels(const Weights& weights, bf16* packed) {
 
 }  // namespace
 
-size_t packed_bytes(Element element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w) {
+size_t packed_bytes(Precision precision, int64_t out, int64_t in, int64_t kernel_h,
+                    int64_t kernel_w) {
   size_t bytes = 0;
-  with_types(element, [&](auto operand, auto) {
+  with_types(precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
     const int64_t channels = round_up(out, sizeof(Operand) == 2 ? 32 : kLanes);
     bytes = depth_of<Operand>(in, kernel_h, kernel_w).total() * channels * sizeof(Operand);
@@ -60,9 +61,9 @@ size_t packed_bytes(Element element, int64_t out, int64_t in, int64_t kernel_h, 
   return round_up(bytes, kAlign);
 }
 
-void pack(Element element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+void pack(Precision precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
           const float* weight, void* packed) {
-  with_types(element, [&](auto operand, auto) {
+  with_types(precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
     const Depth depth = depth_of<Operand>(in, kernel_h, kernel_w);
     pack_panels({weight, out, in, kernel_h * kernel_w, depth}, static_cast<Operand*>(packed));

@@ -5,9 +5,9 @@
 
 namespace hgfast::cpu::HGFAST_ISA {
 
-size_t packed_bytes(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-void pack(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w, const float* weight,
-          void* packed);
+size_t packed_bytes(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+void pack(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+          const float* weight, void* packed);
 
 #define HGFAST_KERNEL(name, Params)             \
   Work plan_##name(const Params&, int threads); \

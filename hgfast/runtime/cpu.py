@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from hgfast.plan import (
 from hgfast.runtime import plain
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
-#: dtype of the arithmetic's operands for a float32 model, by precision. Sums are float32.
-#: "high" has no kernel of its own yet and runs as "highest".
+#: What activations of a float32 model are kept in, by precision. Products are of that type too, but
+#: for "high", which multiplies what is fastest here and exact enough. Sums are float32.
 ELEMENTS = {"highest": "float32", "high": "float32", "medium": "bfloat16"}
 
 
@@ -76,15 +77,16 @@ class CpuExecutor:
         if native is None:
             raise RuntimeError(_native.reason)
         element = element_of(next(iter(weights.values())).dtype, precision)
+        high = element == "float32" and precision == "high"
         self._plan = plan
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
-        self._dtype = getattr(torch, element)
+        self.dtype = getattr(torch, element)
         # Packing is no part of anybody's autograd graph, and inference tensors may be read.
         with torch.inference_mode():
-            self._parts = self._cut(plan, weights, native, element)
-        path = native.CpuPlan(element).path
-        self.backend = f"cpu {path} {element}"
+            self._parts = self._cut(plan, weights, native, element, high)
+        kernels = native.CpuPlan(element, high=high)
+        self.backend = f"cpu {kernels.path} {kernels.products}"
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.
@@ -113,10 +115,10 @@ class CpuExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
-        return self.backend if has_kernel(step) else f"PyTorch {self._dtype}"
+        return self.backend if has_kernel(step) else f"PyTorch {self.dtype}"
 
     def _cut(
-        self, plan: Plan, weights: Mapping[str, Tensor], native: Any, element: str
+        self, plan: Plan, weights: Mapping[str, Tensor], native: Any, element: str, high: bool
     ) -> list[_Native | _Torch]:
         """The Plan's steps in parts, each with the values that nobody needs behind it."""
         groups: list[list[Step]] = []
@@ -129,19 +131,18 @@ class CpuExecutor:
         parts: list[_Native | _Torch] = []
         whole = len(groups) == 1
         arena = native.Arena()  # parts run one after the other
+        begin = partial(native.CpuPlan, element, arena, high)
         for group in reversed(groups):
             made = {step.output for step in group}
             read = dict.fromkeys(n for s in group for n in s.inputs if n not in made)
             dead = tuple(number for number in read if number not in needed)
             if not has_kernel(group[0]):
-                parts.append(_Torch(group[0], weights, self._dtype, dead))
+                parts.append(_Torch(group[0], weights, self.dtype, dead))
             else:
                 inputs = list(plan.inputs) if whole else list(read)
                 outputs = self._outputs if whole else [n for n in sorted(made) if n in needed]
                 as_computed = self._as_computed or not whole
-                packed = _packed(
-                    native, element, group, weights, inputs, outputs, as_computed, arena
-                )
+                packed = _packed(begin(), group, weights, inputs, outputs, as_computed)
                 parts.append(_Native(packed, inputs, outputs, dead))
             needed.update(read)
         return parts[::-1]
@@ -202,16 +203,14 @@ def _gathered(steps: Sequence[Step]) -> list[Step]:
 
 
 def _packed(
-    native: Any,
-    element: str,
+    packed: Any,
     steps: Sequence[Step],
     weights: Mapping[str, Tensor],
     inputs: list[int],
     outputs: list[int],
     as_computed: bool,
-    arena: Any,
 ) -> Any:
-    packed = native.CpuPlan(element, arena)
+    """The native plan that is begun, with these steps, finished."""
     for step in steps:
         x, out = step.inputs[0], step.output
         extra = step.inputs[1] if len(step.inputs) > 1 else None

@@ -201,7 +201,7 @@ class CudaExecutor:
         if element is None:
             raise ValueError(unsupported(plan, first.dtype, precision, kernels))
         self._plan = plan
-        self._element = element
+        self.dtype = self._element = element
         self._kernels = kernels
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
