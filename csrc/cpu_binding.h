@@ -13,6 +13,8 @@
 #include <optional>
 #include <ostream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "binding.h"
@@ -58,29 +60,55 @@ inline at::Tensor own_floats(const at::Tensor& tensor) {
 }
 
 inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Precision precision,
-                              const at::Tensor& weight) {
+                              const at::Tensor& weight, cpu::Method method = cpu::Method::direct) {
   const at::Tensor plain = weight.detach().to(at::kFloat).contiguous();
   const auto out = plain.size(0), in = plain.size(1), height = plain.size(2), width = plain.size(3);
-  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(precision, out, in, height, width));
+  const auto bytes =
+      static_cast<int64_t>(kernels.packed_bytes(precision, method, out, in, height, width));
   at::Tensor packed = at::empty({bytes}, at::kByte);
-  kernels.pack(precision, out, in, height, width, plain.const_data_ptr<float>(),
+  kernels.pack(precision, method, out, in, height, width, plain.const_data_ptr<float>(),
                packed.mutable_data_ptr());
   return packed;
 }
 
+// The weight of a 3x3 convolution with stride and dilation 1, packed for each method that a shape
+// has asked for.
+class DenseWeight {
+ public:
+  DenseWeight() = default;
+  explicit DenseWeight(const at::Tensor& weight) : plain_(own_floats(weight)) {}
+  explicit operator bool() const { return plain_.defined(); }
+
+  // The method for a map of this size, and the weight for it. Not for two threads at once.
+  std::pair<cpu::Method, const void*> at(const cpu::Kernels& kernels, cpu::Precision precision,
+                                         int64_t height, int64_t width) const {
+    const auto method = kernels.choose(precision, height, width, plain_.size(1), plain_.size(0));
+    at::Tensor& packed = packed_[static_cast<size_t>(method)];
+    if (!packed.defined()) packed = pack_weight(kernels, precision, plain_, method);
+    return {method, packed.const_data_ptr()};
+  }
+
+ private:
+  at::Tensor plain_;
+  mutable std::array<at::Tensor, 3> packed_;  // by method
+};
+
 // A bottleneck's weights, checked and packed; the parameters lack only the maps and their sizes.
 struct BottleneckWeights {
   cpu::BottleneckParams params{};
-  std::array<at::Tensor, 10> owned;
+  const cpu::Kernels& kernels;
+  std::array<at::Tensor, 9> owned;
+  DenseWeight w2;
 
   BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
                     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
-                    const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+                    const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& middle_weight,
                     const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                     const std::optional<at::Tensor>& wp, const std::optional<at::Tensor>& bp,
-                    bool relu) {
+                    bool relu)
+      : kernels(kernels) {
     const auto [in, middle, out] =
-        check_bottleneck(where, at::kCPU, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
+        check_bottleneck(where, at::kCPU, scale, shift, w1, b1, middle_weight, b2, w3, b3, wp, bp);
     params.precision = precision;
     params.relu = relu;
     params.in = in;
@@ -99,7 +127,7 @@ struct BottleneckWeights {
     }
     params.w1 = packed(w1);
     params.b1 = floats(b1);
-    params.w2 = packed(w2);
+    w2 = DenseWeight(middle_weight);
     params.b2 = floats(b2);
     params.w3 = packed(w3);
     params.b3 = floats(b3);
@@ -117,6 +145,7 @@ struct BottleneckWeights {
     p.batch = x.batch;
     p.height = x.height;
     p.width = x.width;
+    std::tie(p.method, p.w2) = w2.at(kernels, p.precision, x.height, x.width);
     return p;
   }
 };
@@ -124,13 +153,16 @@ struct BottleneckWeights {
 // A convolution's weights, likewise.
 struct ConvWeights {
   cpu::ConvParams params{};
+  const cpu::Kernels& kernels;
   std::array<at::Tensor, 4> owned;
+  DenseWeight dense;
 
   ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu,
-              bool relu_sum) {
+              bool relu_sum)
+      : kernels(kernels) {
     check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding, dilation);
     params.precision = precision;
     params.out = weight.size(0);
@@ -145,9 +177,14 @@ struct ConvWeights {
     params.dilation_w = dilation[1];
     params.relu = relu;
     params.relu_sum = relu_sum;
-    owned[0] = pack_weight(kernels, precision, weight);
+    const auto all = [](at::IntArrayRef pair, int64_t n) { return pair[0] == n && pair[1] == n; };
+    if (all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1)) {
+      dense = DenseWeight(weight);
+    } else {
+      owned[0] = pack_weight(kernels, precision, weight);
+      params.weight = owned[0].const_data_ptr();
+    }
     owned[1] = own_floats(bias);
-    params.weight = owned[0].const_data_ptr();
     params.bias = owned[1].const_data_ptr<float>();
     if (scale) {
       owned[2] = own_floats(*scale);
@@ -164,6 +201,9 @@ struct ConvWeights {
     p.batch = x.batch;
     p.height = x.height;
     p.width = x.width;
+    if (dense)
+      std::tie(p.method, p.weight) =
+          dense.at(kernels, p.precision, x.height + 2 * p.pad_h - 2, x.width + 2 * p.pad_w - 2);
     return p;
   }
 };

@@ -12,6 +12,8 @@
 // - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
 //   window per pixel, against `out` multiply-adds for each of its values.
+// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then a task's pixels of x, and the
+//   ones around them, are copied once, zero-padded, through the prologue.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
 // network, they share the channels, and each reads only its own part of the weights.
@@ -19,6 +21,7 @@
 // A sum is formed in the order of the weights, whatever task it falls in.
 #include "operand.h"
 #include "table.h"
+#include "winograd.h"
 
 namespace hgfast::cpu::HGFAST_ISA {
 
@@ -74,6 +77,29 @@ constexpr int64_t kShort = 128;          // channels: so few that a tap alone is
 // hold a tile's twelve rows.
 constexpr int64_t kWay = 4096 / sizeof(float);
 
+// How many channels each task computes, by the split of the work that costs the busiest thread
+// least: cycles for its products, and for what it reads from beyond its caches. There are `units`
+// to share, with so many products for each channel; the weights have so many bytes for each
+// channel.
+int64_t share_channels(const Job& p, int threads, int64_t units, int64_t products,
+                       int64_t weight_bytes, int64_t element_bytes) {
+  const int64_t panels = ceil_div(p.out, kPanel);
+  const int64_t weights = weight_bytes * p.out;
+  const int64_t map = p.batch * p.height * p.width * p.in * element_bytes;
+  constexpr int64_t kBytesPerCycle = 4;
+  int64_t least = INT64_MAX, best = 1;
+  for (int64_t parts = 1; parts <= min(threads, panels); ++parts) {
+    if (threads % parts) continue;
+    const int64_t others = threads / parts;
+    const int64_t cost = ceil_div(panels, parts) * products * ceil_div(units, others) +
+                         (weights / parts + map / others) / kBytesPerCycle;
+    if (cost >= least) continue;
+    least = cost;
+    best = parts;
+  }
+  return ceil_div(panels, best) * kPanel;
+}
+
 struct Geometry {
   int64_t pixels;  // of the job, over the batch
   Depth depth;
@@ -126,24 +152,9 @@ struct Geometry {
     return g;
   }
 
-  // The split of the work that costs the busiest thread least: cycles for its products, and
-  // for what it reads from beyond its caches.
   void share(const Job& p, int threads, int64_t operand_bytes, int64_t element_bytes) {
-    const int64_t panels = ceil_div(p.out, kPanel);
-    const int64_t weights = depth.total() * p.out * operand_bytes;
-    const int64_t map = p.batch * p.height * p.width * p.in * element_bytes;
-    constexpr int64_t kBytesPerCycle = 4;
-    int64_t least = INT64_MAX;
-    for (int64_t parts = 1; parts <= min(threads, panels); ++parts) {
-      if (threads % parts) continue;
-      const int64_t others = threads / parts;
-      const int64_t cost = ceil_div(panels, parts) * depth.total() * ceil_div(pixels, others) +
-                           (weights / parts + map / others) / kBytesPerCycle;
-      if (cost >= least) continue;
-      least = cost;
-      groups = parts;
-    }
-    channels = ceil_div(panels, groups) * kPanel;
+    channels = share_channels(p, threads, pixels, depth.total(), depth.total() * operand_bytes,
+                              element_bytes);
     groups = ceil_div(p.out, channels);
   }
 };
@@ -353,8 +364,103 @@ void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
   }
 }
 
+// ---- By tiles ----
+
+// A task is a group of tiles of one image by some of the channels.
+struct TileTasks {
+  int64_t side;
+  Grouping group;
+  int64_t down, across;      // groups in an image
+  int64_t channels, groups;  // per task; tasks that share all channels
+
+  TileTasks(const Job& p, int threads, int64_t element_bytes)
+      : side(tile_side(p.method)),
+        group(ceil_div(p.out_height, side), ceil_div(p.out_width, side)),
+        down(ceil_div(group.down, group.tall)),
+        across(ceil_div(group.across, group.wide)) {
+    const int64_t products = (side + 2) * (side + 2) * p.in;
+    channels = share_channels(p, threads, p.batch * down * across, group.most() * products,
+                              products * sizeof(float), element_bytes);
+    groups = ceil_div(p.out, channels);
+  }
+  int64_t count(const Job& p) const { return p.batch * down * across * groups; }
+};
+
+struct TileScratch {
+  float* x;  // a group's pixels and those around them
+  TileBuffers tiles;
+
+  TileScratch(const Job& p, const TileTasks& tasks, Scratch& scratch)
+      : x(scratch.take<float>((tasks.group.tall * tasks.side + 2) *
+                              (tasks.group.wide * tasks.side + 2) * p.in)),
+        tiles(p.method, tasks.group, p.in, scratch) {}
+};
+
+// rows x columns pixels of an image from (top, left), which may lie outside: zeros there.
+template <class E>
+void copy_padded(const Job& p, const E* image, int64_t top, int64_t left, int64_t rows,
+                 int64_t columns, float* to) {
+  const Inside in_rows(top, 1, rows, p.height), in_columns(left, 1, columns, p.width);
+  const int64_t width = in_columns.size();
+  for (int64_t i = 0; i < rows; ++i, to += columns * p.in) {
+    const bool is_inside = i >= in_rows.first && i < in_rows.last && width > 0;
+    const int64_t before = is_inside ? in_columns.first * p.in : columns * p.in;
+    memset(to, 0, before * sizeof(float));
+    if (!is_inside) continue;
+    prologue_pixels(image + ((top + i) * p.width + left + in_columns.first) * p.in, width, p.in,
+                    p.scale, p.shift, to + before);
+    memset(to + in_columns.last * p.in, 0, (columns - in_columns.last) * p.in * sizeof(float));
+  }
+}
+
+template <class Tiles, class E>
+void run_tiles(Tiles, const Job& p, const TileTasks& tasks, int64_t begin, int64_t end,
+               const TileScratch& scratch) {
+  constexpr int64_t side = Tiles::kPixels;
+  int64_t y_at[kTilesAtOnce * side * side];
+  for (int64_t task = begin; task < end; ++task) {
+    // Neighbouring tasks share weights: they are groups of one image by the same channels.
+    const int64_t per_image = tasks.down * tasks.across, groups = p.batch * per_image;
+    const int64_t n = task / groups * tasks.channels, image = task % groups / per_image;
+    const int64_t down = task % per_image / tasks.across, across = task % tasks.across;
+    const int64_t top = down * tasks.group.tall * side, left = across * tasks.group.wide * side;
+    const int64_t tall = min(tasks.group.tall, tasks.group.down - down * tasks.group.tall);
+    const int64_t wide = min(tasks.group.wide, tasks.group.across - across * tasks.group.wide);
+    for (int64_t i = 0; i < tall * wide * side * side; ++i) {
+      const int64_t tile = i / (side * side), pixel = i % (side * side);
+      const int64_t row = top + tile / wide * side + pixel / side;
+      const int64_t column = left + tile % wide * side + pixel % side;
+      y_at[i] = row < p.out_height && column < p.out_width
+                    ? ((image * p.out_height + row) * p.out_width + column) * p.out
+                    : -1;
+    }
+    const int64_t pitch = wide * side + 2;
+    copy_padded(p, static_cast<const E*>(p.x) + image * p.height * p.width * p.in, top - p.pad_h,
+                left - p.pad_w, tall * side + 2, pitch, scratch.x);
+    Tiles::convolve(scratch.x, pitch * p.in, p.in, tall, wide, static_cast<const float*>(p.weight),
+                    n, min(p.out, n + tasks.channels), scratch.tiles,
+                    Epilogue<E>{.bias = p.bias,
+                                .relu = p.relu,
+                                .relu_sum = p.relu_sum,
+                                .y = static_cast<E*>(p.y),
+                                .y_at = y_at,
+                                .add = static_cast<const E*>(p.add)});
+  }
+}
+
+// ---- Either way ----
+
 Work plan(const Job& p, int threads) {
   Work work;
+  if (p.method != Method::direct) {
+    with_types(p.precision, [&](auto, auto element) {
+      const TileTasks tasks(p, threads, sizeof element);
+      Scratch scratch(nullptr);
+      TileScratch(p, tasks, scratch);
+      work = {.tasks = tasks.count(p), .scratch = scratch.used()};
+    });
+    return work;
+  }
   with_types(p.precision, [&](auto operand, auto element) {
     const Geometry g = Geometry::of(p, threads, operand, element);
     Scratch scratch(nullptr);
@@ -365,6 +471,18 @@ Work plan(const Job& p, int threads) {
 }
 
 void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
+  if (p.method != Method::direct) {
+    with_types(p.precision, [&](auto, auto element) {
+      using E = decltype(element);
+      const TileTasks tasks(p, threads, sizeof(E));
+      Scratch memory(scratch);
+      const TileScratch buffers(p, tasks, memory);
+      with_tiles(p.method, [&](auto tiles) {
+        run_tiles<decltype(tiles), E>(tiles, p, tasks, begin, end, buffers);
+      });
+    });
+    return;
+  }
   with_types(p.precision, [&](auto operand, auto element) {
     run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
   });
@@ -391,6 +509,7 @@ void each_phase(const ConvTransposeParams& p, F f) {
     for (int64_t j = 0; j < p.stride_w; ++j) {
       const Phase w(j, p.kernel_w, p.stride_w, p.pad_w, p.out_width);
       Job job(ConvParams{.precision = p.precision,
+                         .method = Method::direct,
                          .batch = p.batch,
                          .height = p.height,
                          .width = p.width,
@@ -413,7 +532,7 @@ void each_phase(const ConvTransposeParams& p, F f) {
                          .shift = nullptr,
                          .weight = weight,
                          .bias = p.bias});
-      weight += packed_bytes(p.precision, p.out, p.in, h.taps, w.taps);
+      weight += packed_bytes(p.precision, Method::direct, p.out, p.in, h.taps, w.taps);
       job.out_height = h.count;
       job.out_width = w.count;
       job.full_height = p.out_height;

@@ -156,7 +156,7 @@ class Buffer {
 bool multiplies(const Kernels& kernels, Precision precision) {
   constexpr int64_t kPixels = 32, kIn = 64, kOut = 32;
   Buffer x(kPixels * kIn * 4), y(kPixels * kOut * 4);
-  Buffer packed(kernels.packed_bytes(precision, kOut, kIn, 1, 1));
+  Buffer packed(kernels.packed_bytes(precision, Method::direct, kOut, kIn, 1, 1));
   std::vector<float> weight(kOut * kIn), bias(kOut, 1.0f);
   const auto x_at = [](int64_t i) { return static_cast<float>(i % 3 - 1); };
   for (int64_t i = 0; i < kOut * kIn; ++i) weight[i] = static_cast<float>(i % 5 - 2);
@@ -170,7 +170,7 @@ bool multiplies(const Kernels& kernels, Precision precision) {
       x.as<float>()[i] = value;
     }
   }
-  kernels.pack(precision, kOut, kIn, 1, 1, weight.data(), packed.as<void>());
+  kernels.pack(precision, Method::direct, kOut, kIn, 1, 1, weight.data(), packed.as<void>());
   ConvParams p{};
   p.precision = precision;
   p.batch = p.height = 1;

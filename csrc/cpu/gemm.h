@@ -162,9 +162,9 @@ struct Epilogue {
 };
 
 // M slots from s0, V registers of channels from n0.
-template <int M, int V, class E>
+template <int M, int V, class Finish>
 void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int64_t n0, int64_t n,
-                   const Epilogue<E>& epilogue) {
+                   const Finish& epilogue) {
   epilogue.prefetch(s0, M, n0, V * kLanes);
   Vec sum[M][V] = {};
   Vec total[M][V];  // in memory: of the chains before this one
@@ -224,27 +224,26 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
   }
 }
 
-template <class E>
-using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t,
-                              const Epilogue<E>&);
+template <class Finish>
+using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t, const Finish&);
 
-template <int V, class E, int M = kRows>
-MultiplyTile<E> tile_of(int64_t rows) {
+template <int V, class Finish, int M = kRows>
+MultiplyTile<Finish> tile_of(int64_t rows) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<V, E, M - 1>(rows);
+    if (rows < M) return tile_of<V, Finish, M - 1>(rows);
   }
-  return multiply_tile<M, V, E>;
+  return multiply_tile<M, V, Finish>;
 }
 
-// All slots by channels n_first, a multiple of kPanel, to n - 1, finished by the epilogue.
-template <class E>
+// All slots by channels n_first, a multiple of kPanel, to n - 1, finished by an epilogue.
+template <class Finish>
 void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
-          const Epilogue<E>& epilogue) {
+          const Finish& epilogue) {
   // Tiles of even height: two of 7 rows keep the FMA ports busier than one of 12 and one of 2.
   const int64_t rows = ceil_div(slots, ceil_div(slots, kRows));
   for (int64_t n0 = n_first; n0 < n; n0 += kPanel) {
     const bool narrow = n - n0 <= kLanes;
-    const auto choose = narrow ? tile_of<1, E> : tile_of<kVectors, E>;
+    const auto choose = narrow ? tile_of<1, Finish> : tile_of<kVectors, Finish>;
     for (int64_t s0 = 0; s0 < slots; s0 += rows)
       choose(min(rows, slots - s0))(segment, segments, s0, n0, n, epilogue);
   }

@@ -10,7 +10,8 @@
 //
 // Activations are dense NHWC: (batch, height, width, channels), channels innermost, stored as
 // float32 or bfloat16. Products accumulate in float32 either way. NaN and infinity travel as
-// they do in PyTorch.
+// they do in PyTorch, but for convolutions by tiles: those subtract neighbours from each other, so
+// there infinities may become NaN, and tiles of 4x4 share their NaN.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +28,11 @@ enum class Precision : int {
   medium    // of bfloat16 operands
 };
 
+// How a convolution is computed, and what its weights are packed for: the sum over a window as it
+// stands, or, for 3x3 windows at every pixel, Winograd's algorithm on tiles of 2x2 or 4x4 pixels of
+// y (winograd.h).
+enum class Method : int { direct, tiles2, tiles4 };
+
 struct Work {
   int64_t tasks;   // independent pieces, numbered from 0
   size_t scratch;  // bytes that each thread needs, 64-byte aligned
@@ -39,6 +45,7 @@ struct Work {
 // are folded into the convolutions.
 struct BottleneckParams {
   Precision precision;
+  Method method;  // of conv2
   bool relu;
   int64_t batch, height, width;
   int64_t in, middle, out;         // channels
@@ -55,6 +62,7 @@ struct BottleneckParams {
 // applies after pre.
 struct ConvParams {
   Precision precision;
+  Method method;
   int64_t batch, height, width;  // of x
   int64_t in, out;               // channels
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -192,10 +200,15 @@ struct Kernels {
   const char* name;
   const char* high;  // what Precision::high multiplies: "float32" or "bf16x3"
 
+  // The fastest method for a 3x3 convolution with stride and dilation 1 whose y has this size. It
+  // does not depend on batch or threads: neither do the bits of a result.
+  Method (*choose)(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
+
   // A convolution's weight (out, in, kernel_h, kernel_w), float32, into the layout this
   // instruction set multiplies fastest at this precision. 64-byte aligned.
-  size_t (*packed_bytes)(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-  void (*pack)(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+  size_t (*packed_bytes)(Precision, Method, int64_t out, int64_t in, int64_t kernel_h,
+                         int64_t kernel_w);
+  void (*pack)(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
                const float* weight, void* packed);
 
   Work (*plan_bottleneck)(const BottleneckParams&, int threads);

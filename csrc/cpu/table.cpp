@@ -11,6 +11,7 @@ extern const Kernels table;
 const Kernels table = {
     .name = HGFAST_NAME(HGFAST_ISA),
     .high = "float32",
+    .choose = choose,
     .packed_bytes = packed_bytes,
     .pack = pack,
     .plan_bottleneck = plan_bottleneck,

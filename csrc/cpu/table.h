@@ -5,8 +5,9 @@
 
 namespace hgfast::cpu::HGFAST_ISA {
 
-size_t packed_bytes(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-void pack(Precision, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+Method choose(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
+size_t packed_bytes(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+void pack(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
           const float* weight, void* packed);
 
 #define HGFAST_KERNEL(name, Params)             \
