@@ -81,7 +81,7 @@ class CpuPlan {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
 
   std::string path() const { return kernels_.name; }
-  std::string products() const;  // what is multiplied: "float32", "bf16x3", "bfloat16"
+  std::string products() const;  // what is multiplied: "float32", "winograd", "bf16x3", "bfloat16"
 
  private:
   using Slot = int64_t;  // a place in the run's table of pointers: values, inputs, outputs

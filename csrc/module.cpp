@@ -71,8 +71,9 @@ void bind_cpu_plan(py::module_& m) {
       .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
            arg("as_computed") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
-      .def_property_readonly("products", &CpuPlan::products,
-                             "What is multiplied: \"float32\", \"bf16x3\", \"bfloat16\"")
+      .def_property_readonly(
+          "products", &CpuPlan::products,
+          "What is multiplied: \"float32\", \"winograd\", \"bf16x3\", \"bfloat16\"")
       .def_property_readonly("path", &CpuPlan::path,
                              "The instruction set whose kernels the weights are packed for.");
 }

@@ -12,7 +12,8 @@
 // - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
 //   window per pixel, against `out` multiply-adds for each of its values.
-// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then a task's pixels of x, and the
+// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then a task's pixels of x, and
+// the
 //   ones around them, are copied once, zero-padded, through the prologue.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
@@ -165,12 +166,15 @@ struct Buffers {
   Operand* zeros = nullptr;  // a run
   Operand* edges = nullptr;  // runs that begin or end in the padding
   int64_t* at = nullptr;     // (runs, block)
+  float* window = nullptr;   // of one pixel, where its taps begin anywhere in a run
 
   Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
     if (g.windows == Geometry::pointwise)
       a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
     if (g.windows == Geometry::gathered)
       a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
+    if (g.windows == Geometry::gathered && !is_of_maps<Operand>)
+      window = scratch.take<float>(g.depth.total());
     if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
     if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
       zeros = scratch.take<Operand>(g.run * p.in);
@@ -218,13 +222,20 @@ void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top
 
 // The windows of output pixels first ... first + pixels - 1, one row of a each.
 template <class Operand, class E>
-void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels, Operand* a) {
+void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels,
+            const Buffers<Operand>& buffers) {
+  Operand* a = buffers.a;
   Cursor at(first, p.out_width);    // rows are numbered through the batch,
   Cursor in(at.row, p.out_height);  // here by image
   for (; pixels > 0; --pixels, a += g.depth.total()) {
     const E* image = static_cast<const E*>(p.x) + in.row * p.height * p.width * p.in;
-    gather_window(p, g.depth, image, in.column * p.stride_h - p.pad_h,
-                  at.column * p.stride_w - p.pad_w, a);
+    const int64_t top = in.column * p.stride_h - p.pad_h, left = at.column * p.stride_w - p.pad_w;
+    if (buffers.window && g.depth.length != p.in) {
+      gather_window(p, g.depth, image, top, left, buffers.window);
+      prologue(buffers.window, g.depth.total(), nullptr, nullptr, a);
+    } else {
+      gather_window(p, g.depth, image, top, left, a);
+    }
     at.next();
     if (at.column == 0) in.next();
   }
@@ -323,7 +334,7 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
   for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
   auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
   if (g.windows == Geometry::gathered) {
-    gather<Operand, E>(p, g, first, pixels, buffers.a);
+    gather<Operand, E>(p, g, first, pixels, buffers);
   } else if (dense) {
     segment.a = reinterpret_cast<const Operand*>(x);
   } else {

@@ -198,7 +198,7 @@ struct DecodeParams {
 // the kernel runs tasks [begin, end).
 struct Kernels {
   const char* name;
-  const char* high;  // what Precision::high multiplies: "float32" or "bf16x3"
+  const char* high;  // how Precision::high multiplies: "winograd" or "bf16x3"
 
   // The fastest method for a 3x3 convolution with stride and dilation 1 whose y has this size. It
   // does not depend on batch or threads: neither do the bits of a result.

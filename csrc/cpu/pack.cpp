@@ -47,6 +47,23 @@ void pack_panels(const Weights& weights, bf16* packed) {
     packed += weights.depth.total() * kTilePanel;
   }
 }
+
+// [panel][k / 32][high or low parts][half of the panel][k pair][channel][2]
+void pack_panels(const Weights& weights, bf16x2* packed) {
+  for (int64_t n0 = 0; n0 < weights.out; n0 += kTilePanel) {
+    for (int64_t k = 0; k < weights.depth.total(); ++k) {
+      bf16* pair =
+          reinterpret_cast<bf16*>(packed) + k / 32 * (4 * kTileOfB) + k % 32 / 2 * 32 + k % 2;
+      weights.each_channel(n0, kTilePanel, k, [&](int64_t i, float w) {
+        const Parts parts(splat(w));
+        bf16* high = pair + i / 16 * kTileOfB + i % 16 * 2;
+        store(high, parts.high, Part{1});
+        store(high + 2 * kTileOfB, parts.low, Part{1});
+      });
+    }
+    packed += weights.depth.total() * kTilePanel;
+  }
+}
 #endif
 
 // G g G' of a kernel's nine weights, [panel][place][k][channel]. Formed in float64, rounded once.
@@ -114,7 +131,7 @@ size_t packed_bytes(Precision precision, Method method, int64_t out, int64_t in,
   }
   with_types(precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
-    const int64_t channels = round_up(out, sizeof(Operand) == 2 ? 32 : kLanes);
+    const int64_t channels = round_up(out, Tiling<Operand>::kWidth);
     bytes = depth_of<Operand>(in, kernel_h, kernel_w).total() * channels * sizeof(Operand);
   });
   return round_up(bytes, kAlign);

@@ -1,6 +1,8 @@
 // The table through which callers reach this instruction set's kernels.
 #include "table.h"
 
+#include "gemm.h"
+
 #define HGFAST_STRING(x) #x
 #define HGFAST_NAME(x) HGFAST_STRING(x)
 
@@ -10,7 +12,7 @@ extern const Kernels table;
 
 const Kernels table = {
     .name = HGFAST_NAME(HGFAST_ISA),
-    .high = "float32",
+    .high = kHigh,
     .choose = choose,
     .packed_bytes = packed_bytes,
     .pack = pack,

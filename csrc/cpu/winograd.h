@@ -155,8 +155,8 @@ struct Tiles {
       for (int place = 0; place < kPlaces; ++place, weights += in * width) {
         const auto segment =
             Segment<float>::dense(buffers.v + place * buffers.v_pitch, v_at, in, weights);
-        gemm(&segment, 1, tiles, 0, width,
-             Products{buffers.products + place * buffers.products_pitch});
+        multiply(&segment, 1, tiles, 0, width,
+                 Products{buffers.products + place * buffers.products_pitch});
       }
       for (int64_t tile = 0; tile < tiles; ++tile) {
         each(channels, [&](int64_t c, auto lanes) {
