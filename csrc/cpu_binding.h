@@ -104,14 +104,19 @@ struct BottleneckWeights {
     }
   }
 
-  // The parameters for an input of this shape.
-  cpu::BottleneckParams at(const std::string& where, const Shape& x) const {
+  // The parameters for an input of this shape, of which the block sees the 2x2 maximum if `pool`.
+  cpu::BottleneckParams at(const std::string& where, const Shape& x, bool pool = false) const {
     TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
                       " channels, as w1 has, given ", x);
+    TORCH_CHECK_VALUE(!pool || (x.height > 1 && x.width > 1), where,
+                      ": expected x to be at least as large as the window of 2x2, given ", x);
     cpu::BottleneckParams p = params;
+    p.pool = pool;
     p.batch = x.batch;
-    p.height = x.height;
-    p.width = x.width;
+    p.x_height = x.height;
+    p.x_width = x.width;
+    p.height = pool ? x.height / 2 : x.height;
+    p.width = pool ? x.width / 2 : x.width;
     return p;
   }
 };

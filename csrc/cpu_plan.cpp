@@ -11,6 +11,10 @@ namespace {
 
 constexpr size_t kLayouts = 8;  // shapes remembered per plan
 
+// Convolutions of fewer channels read an input as it is given: it has no more values than their
+// result has, and they copy the rows they read in any case.
+constexpr int64_t kFewChannels = 16;
+
 cpu::Element element_named(const std::string& name) {
   TORCH_CHECK_VALUE(name == "float32" || name == "bfloat16",
                     "CpuPlan: expected the element \"float32\" or \"bfloat16\", given \"", name,
@@ -82,7 +86,7 @@ void CpuPlan::record(const char* op, std::vector<Slot> reads, Id output,
     TORCH_CHECK_VALUE(!uses(step.reads), where(op), ": its output, value ", output,
                       ", is used before, by ", step.where);
   defined_by_[write] = static_cast<int64_t>(steps_.size());
-  steps_.push_back({op, where(op), std::move(reads), write, std::move(launch)});
+  steps_.push_back({op, where(op), std::move(reads), write, std::move(launch), nullptr});
 }
 
 // A kernel call: `bind` fills in the pointers of one run.
@@ -104,7 +108,7 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
                          const OptionalTensor& shift, const at::Tensor& w1, const at::Tensor& b1,
                          const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
                          const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
-                         std::optional<Id> low, bool relu) {
+                         std::optional<Id> low, bool relu, bool pool) {
   const char* op = "bottleneck";
   const std::string place = where(op);
   const auto weights = std::make_shared<const BottleneckWeights>(
@@ -114,7 +118,7 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
   if (low) reads.push_back(half);
   const auto* kernels = &kernels_;
   record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
-    auto p = weights->at(place, shapes[x]);
+    auto p = weights->at(place, shapes[x], pool);
     const Shape result = result_of(p);
     if (half >= 0) check_shape(place, "low", shapes[half], half_of(place, result));
     p.x = p.y = some_map;
@@ -140,19 +144,34 @@ void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tens
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+  const auto launch = [=](const std::vector<Shape>& shapes, int threads, const Given* given) {
     auto p = weights->at(place, shapes[x]);
     const Shape result = result_of(p);
     if (other >= 0) check_shape(place, "add", shapes[other], result);
     p.x = p.y = some_map;
     p.add = other >= 0 ? some_map : nullptr;
+    if (given) {
+      p.as_given = true;
+      p.x_element = given->element;
+      p.x_strides = given->strides;
+    }
+    const Slot from = given ? given->slot : x;
     return make_launch<Launch>(result, p, threads, kernels->plan_conv, kernels->conv,
-                               [weights, x, y, other](auto& params, void* const* slots) {
-                                 params.x = slots[x];
+                               [weights, from, y, other](auto& params, void* const* slots) {
+                                 params.x = slots[from];
                                  params.y = slots[y];
                                  if (other >= 0) params.add = slots[other];
                                });
+  };
+  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+    return launch(shapes, threads, nullptr);
   });
+  if (weights->params.in < kFewChannels) {
+    steps_.back().launch_given = [=](const std::vector<Shape>& shapes, int threads,
+                                     const Given& given) {
+      return launch(shapes, threads, &given);
+    };
+  }
 }
 
 void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
@@ -393,19 +412,26 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     launches.push_back(std::move(launch));
   };
 
+  std::unordered_map<Slot, Given> given;  // values that nobody lays out: their readers do
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& input = inputs[i];
     const Slot slot = inputs_[i];
     shapes[slot] = map_shape("CpuPlan", ("input " + std::to_string(i)).c_str(), input);
     layout->direct.push_back(is_dense_nhwc(input, element_));
-    const bool used = std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
-      return std::find(step.reads.begin(), step.reads.end(), slot) != step.reads.end();
+    const bool laid_out = std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
+      const auto reads = std::count(step.reads.begin(), step.reads.end(), slot);
+      return reads > (step.launch_given && step.reads[0] == slot ? 1 : 0);
     });
-    if (layout->direct.back() || !used) continue;
-    const auto strides = input.strides();
-    add_copy(values + static_cast<Slot>(i), element_of(input),
-             {strides[0], strides[1], strides[2], strides[3]}, slot, element_, nhwc(shapes[slot]),
-             shapes[slot]);
+    if (layout->direct.back()) continue;  // cheaper than to copy rows of it once more
+    const auto s = input.strides();
+    const Given as_it_is{
+        values + static_cast<Slot>(i), element_of(input), {s[0], s[1], s[2], s[3]}};
+    if (!laid_out) {
+      given.emplace(slot, as_it_is);
+    } else {
+      add_copy(as_it_is.slot, as_it_is.element, as_it_is.strides, slot, element_,
+               nhwc(shapes[slot]), shapes[slot]);
+    }
   }
 
   const at::Tensor& first = inputs.front();
@@ -416,7 +442,10 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     return found == distinct_outputs_.end() ? -1 : found - distinct_outputs_.begin();
   };
   for (const Step& step : steps_) {
-    Launch launch = step.launch(shapes, layout->threads);
+    const auto as_given = given.find(step.reads[0]);
+    Launch launch = as_given == given.end()
+                        ? step.launch(shapes, layout->threads)
+                        : step.launch_given(shapes, layout->threads, as_given->second);
     launch.op = step.op;
     launch.reads = step.reads;
     launch.write = step.write;

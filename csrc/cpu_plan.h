@@ -57,7 +57,7 @@ class CpuPlan {
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                   const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
-                  bool relu);
+                  bool relu, bool pool);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
             const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
             Pair dilation, bool relu, std::optional<Id> add, bool relu_sum);
@@ -95,6 +95,13 @@ class CpuPlan {
     Slot write = -1;
   };
 
+  // An input as the caller keeps it.
+  struct Given {
+    Slot slot;
+    cpu::Element element;
+    cpu::Strides strides;
+  };
+
   struct Step {
     const char* op;
     std::string where;  // "step 3 (conv)", for errors
@@ -102,6 +109,8 @@ class CpuPlan {
     Slot write;
     // Checks the shapes of all values so far, and settles the kernel call for them.
     std::function<Launch(const std::vector<Shape>&, int threads)> launch;
+    // The same where the first map it reads is an input as given; null: not for this step.
+    std::function<Launch(const std::vector<Shape>&, int threads, const Given&)> launch_given;
   };
 
   struct Output {

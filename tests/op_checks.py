@@ -198,6 +198,45 @@ def run_step(dtype: torch.dtype, inputs: list[Tensor], step: Callable[[Any, int]
     return result
 
 
+# ---- what runs as one step: the bits of its parts one after the other ----
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """Also where they are NaN, and of zeros the sign."""
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+    assert torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+def check_pooled_bottleneck(
+    dtype: torch.dtype, x: Tensor, w: Weights, low: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """A block that pools what it reads, against the pool and the block."""
+    inputs = [x] if low is None else [x, low]
+    settings = {**bottleneck_arguments(w), "low": None if low is None else 1, "relu": relu}
+
+    def two_steps(plan: Any, y: int) -> None:
+        plan.pool(0, y + 1, "max", (2, 2), (2, 2))
+        plan.bottleneck(y + 1, y, **settings)
+
+    fused = run_step(dtype, inputs, lambda plan, y: plan.bottleneck(0, y, **settings, pool=True))
+    assert_same_bits(fused, run_step(dtype, inputs, two_steps))
+    return fused
+
+
+def check_given_image(dtype: torch.dtype, x: Tensor, w: Weights, **settings: Any) -> Tensor:
+    """A first convolution of an image of any dtype and layout, against that of one laid out."""
+    laid = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    given, dense = (
+        run_step(dtype, [image], lambda plan, y: plan.conv(0, y, **w, **settings))
+        for image in (x, laid)
+    )
+    assert given.dtype == x.dtype
+    assert_same_bits(given.to(dtype), dense if x.dtype == dtype else dense.to(x.dtype).to(dtype))
+    return given
+
+
 # ---- agreement ----
 
 

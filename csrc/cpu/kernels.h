@@ -29,18 +29,23 @@ struct Work {
 //     [+ low, upsampled x2 by nearest neighbour]
 // pre = relu(scale * x + shift) if scale, else x; act = relu if relu. conv1, conv3: 1x1; conv2:
 // 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
-// are folded into the convolutions.
+// are folded into the convolutions. With `pool`, x stands for the maximum over its 2x2 windows.
 struct BottleneckParams {
   Element element;
-  bool relu;
-  int64_t batch, height, width;
+  bool relu, pool;
+  int64_t batch, height, width;    // of y
   int64_t in, middle, out;         // channels
-  const void* x;                   // (batch, height, width, in)
+  int64_t x_height, x_width;       // height and width; with pool twice as much, or one more
+  const void* x;                   // (batch, x_height, x_width, in)
   const void* low;                 // (batch, height / 2, width / 2, out), or null
   void* y;                         // (batch, height, width, out); may not alias x or low
   const float *scale, *shift;      // (in), or null
   const void *w1, *w2, *w3, *wp;   // packed; wp null: identity shortcut
   const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)
+};
+
+struct Strides {
+  int64_t batch, channels, height, width;  // in elements
 };
 
 // y = act_sum(act(conv(pre(x)) + bias) [+ add]); pre = relu(scale * x + shift) if scale, else x;
@@ -58,6 +63,11 @@ struct ConvParams {
   const float *scale, *shift;  // (in), or null
   const void* weight;          // packed
   const float* bias;           // (out)
+  // Where x is the caller's own map: its layout and element type. It is read as it is, rounded to
+  // `element`: for few channels, since every block of pixels lays out anew the rows it needs.
+  bool as_given = false;
+  Element x_element = Element::float32;
+  Strides x_strides{};
 };
 
 // The transposed convolution: pixel (i, j) of x adds its products with the kernel to the pixels of
@@ -115,10 +125,6 @@ struct ConcatParams {
   const void* x[kMaps];  // (pixels, channels[i])
   const void* add;       // like y, or null
   void* y;               // (pixels, sum of the channels)
-};
-
-struct Strides {
-  int64_t batch, channels, height, width;  // in elements
 };
 
 // y = x in another layout, another element type, or both.

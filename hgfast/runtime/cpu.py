@@ -21,7 +21,7 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import plain
+from hgfast.runtime import fusions, plain
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
 
 #: dtype of the arithmetic's operands for a float32 model, by precision. Sums are float32.
@@ -212,12 +212,17 @@ def _packed(
     arena: Any,
 ) -> Any:
     packed = native.CpuPlan(element, arena)
+    pools = fusions.pooled_blocks(steps, outputs, lambda _: True)
     for step in steps:
         x, out = step.inputs[0], step.output
+        if out in pools:  # the block behind it pools what it reads
+            continue
         extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
             relu = not step.preactivated
-            packed.bottleneck(x, out, *bottleneck_weights(step, weights), extra, relu)
+            pool = x in pools
+            source = pools[x] if pool else x
+            packed.bottleneck(source, out, *bottleneck_weights(step, weights), extra, relu, pool)
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
