@@ -60,6 +60,9 @@ void bind_cpu_plan(py::module_& m) {
            arg("weight"), arg("bias"), arg("stride") = one, arg("padding") = zero,
            arg("output_padding") = zero, arg("relu") = false, arg("add") = py::none(),
            arg("relu_sum") = false)
+      .def("head", translated(&CpuPlan::head), arg("input"), arg("heatmaps"), arg("next"),
+           arg("w1"), arg("b1"), arg("w_maps") = py::none(), arg("b_maps") = py::none(),
+           arg("w_next") = py::none(), arg("b_next") = py::none(), arg("add") = py::none())
       .def("pool", translated(&CpuPlan::pool), arg("input"), arg("output"), arg("mode"),
            arg("kernel"), arg("stride"), arg("padding") = zero, arg("ceil_mode") = false,
            arg("count_include_pad") = true)

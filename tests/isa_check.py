@@ -31,12 +31,14 @@ from op_checks import (
     bottleneck_weights,
     cast,
     check_given_image,
+    check_head,
     check_pooled_bottleneck,
     check_small_hourglass,
     conv_reference,
     conv_transpose_reference,
     conv_transpose_weights,
     conv_weights,
+    head_weights,
     native,
     random_map,
     run_step,
@@ -149,6 +151,14 @@ def check_fusions(dtype: torch.dtype) -> None:
             w = bottleneck_weights(channels, middle, out, norm=norm)
             check_pooled_bottleneck(dtype, x, w, relu=not norm)
             ran("bottleneck")
+    for channels, middle, joints, out, height, width in [
+        (64, 64, 16, 64, 12, 11),
+        (20, 33, 17, 0, 3, 5),
+        (48, 31, 0, 40, 19, 16),
+    ]:
+        x = random_map(3, channels, height, width, dtype=dtype)
+        add = random_map(3, out, height, width, dtype=dtype, seed=2) if out else None
+        check_head(dtype, x, head_weights(channels, middle, joints, out), add)
     for channels, kernel, stride, padding in [
         (3, 7, 2, 3),
         (3, 3, 2, 1),

@@ -19,8 +19,10 @@ from op_checks import (
     assert_same_bits,
     bottleneck_weights,
     check_given_image,
+    check_head,
     check_pooled_bottleneck,
     conv_weights,
+    head_weights,
     native,
     needs_native,
     random_map,
@@ -30,9 +32,9 @@ from torch import Tensor, nn
 from hgfast import _native
 from hgfast.models import hourglass
 from hgfast.models.hourglass import Residual
-from hgfast.plan import Bottleneck, Plan, Pool
+from hgfast.plan import Bottleneck, Plan, Pool, Remerge, output_values
 from hgfast.recognition import recognise
-from hgfast.runtime import fusions
+from hgfast.runtime import fusions, reference
 from hgfast.runtime.cpu import CpuExecutor
 
 pytestmark = needs_native
@@ -201,6 +203,91 @@ def test_who_else_reads_the_image_has_it_laid_out() -> None:
     assert torch.equal(other, one + x)
 
 
+# ---- heads ----
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    channels=st.sampled_from([1, 20, 32, 64]),
+    middle=st.sampled_from([1, 17, 32, 48]),
+    joints=st.sampled_from([0, 1, 16, 17]),
+    out=st.sampled_from([0, 5, 64]),
+    add=st.booleans(),
+    odd_values=st.booleans(),
+    as_computed=st.booleans(),
+    dtype=st.sampled_from(MAP_DTYPES),
+    given_dtype=st.sampled_from(MAP_DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_heads(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    middle: int,
+    joints: int,
+    out: int,
+    add: bool,
+    odd_values: bool,
+    as_computed: bool,
+    dtype: torch.dtype,
+    given_dtype: torch.dtype,
+    layout: str,
+) -> None:
+    assume(joints or out)
+    x = random_map(batch, channels, height, width, dtype=given_dtype, layout=layout)
+    if odd_values and layout == "nchw":
+        x = with_oddities(x)
+    other = random_map(batch, out, height, width, dtype=given_dtype, seed=2)
+    w = head_weights(channels, middle, joints, out)
+    check_head(dtype, x, w, other if add and out else None, as_computed)
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_head_on_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
+    x = with_oddities(random_map(2, 64, 30, 21, dtype=dtype))
+    add = random_map(2, 40, 30, 21, dtype=dtype, seed=2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_head(dtype, x, head_weights(64, 48, 17, 40), add)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_heatmaps_that_somebody_reads() -> None:
+    """They are an output in the caller's layout, and a value in the kernels'."""
+    w = head_weights(16, 24, 5, 0)
+    plan = native.CpuPlan("float32")
+    plan.head(0, 1, None, *w["features"].values(), *w["heatmaps"].values())
+    plan.add(1, 1, 2)
+    plan.finish([0], [1, 2])
+    maps, twice = plan.run([random_map(2, 16, 7, 9)])
+    assert maps.is_contiguous()
+    assert torch.equal(maps + maps, twice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, None, None, "features"), r"expected w_maps, w_next or both, given neither"),
+        ((0, None, 2, "features", "heatmaps"), r"expected an output where there are weights"),
+        ((0, 1, None, "features", "wide"), r"expected w_maps of a 1x1 convolution"),
+        ((0, 1, None, "features", "features"), r"expected w_maps to read 24 channels.*given 16"),
+    ],
+)
+def test_heads_that_make_no_sense(arguments: tuple[Any, ...], message: str) -> None:
+    w = {**head_weights(16, 24, 5, 0), "wide": conv_weights(24, 5, (3, 3))}
+    plan = native.CpuPlan("float32")
+    numbers, names = arguments[:3], arguments[3:]
+    with pytest.raises(ValueError, match=r"step 0 \(head\): " + message):
+        plan.head(*numbers, *(tensor for name in names for tensor in w[name].values()))
+
+
 # ---- in networks ----
 
 
@@ -248,6 +335,7 @@ def test_a_network_gives_the_same_bits(
     fused = CpuExecutor(plan, weights, precision).run([x])
     with monkeypatch.context() as patch:
         patch.setattr(fusions, "pooled_blocks", lambda *_: {})
+        patch.setattr(fusions, "heads", lambda *_: [])
         steps = CpuExecutor(plan, weights, precision).run([x])
     assert fused.keys() == steps.keys()
     for number, expected in steps.items():
@@ -261,6 +349,24 @@ def test_pools_in_a_network_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     _, steps = recorded_steps(monkeypatch, plan, module)
     assert steps["pool"] == 0
     assert steps["bottleneck"] == sum(isinstance(step, Bottleneck) for step in plan.steps)
+
+
+def test_heads_in_a_network_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = network(torch.float32)
+    plan = recognise(module)
+    executor, steps = recorded_steps(monkeypatch, plan, module)
+    assert (steps["head"], steps["conv"]) == (2, 1)  # the stem
+    paths = Counter(executor.path(step) for step in plan.steps)
+    assert paths[f"{executor.backend} head"] == 5
+    # The features in between, where they are wanted, are no head's.
+    features = next(step.inputs[0] for step in plan.steps if isinstance(step, Remerge))
+    wanted = replace(plan, outputs=(features, *output_values(plan.outputs)))
+    executor, steps = recorded_steps(monkeypatch, wanted, module)
+    assert (steps["head"], steps["conv"]) == (1, 4)
+    x = random_map(1, 3, 96, 64)
+    expected = reference.run(plan, dict(module.state_dict()), [x])
+    for number, value in executor.run([x]).items():
+        torch.testing.assert_close(value, expected[number], rtol=1e-4, atol=1e-4)
 
 
 def test_a_maximum_that_is_wanted_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,25 @@ struct ConvTransposeParams {
   const float* bias;   // (out)
 };
 
+// z = relu(features(x) + b1); heatmaps = maps(z) + b_maps; next = merge(z) + b_next [+ add]: all
+// 1x1. joints or out is 0 where that result is not wanted.
+struct HeadParams {
+  Element element;
+  int64_t batch, pixels;            // pixels of an image
+  int64_t in, middle, joints, out;  // channels
+  const void* x;                    // (batch, pixels, in)
+  const void* add;                  // like next, or null
+  void* heatmaps;                   // (batch, pixels, joints)
+  void* next;                       // (batch, pixels, out)
+  const void *w1, *w_maps, *w_next;
+  const float *b1, *b_maps, *b_next;
+  // Where the heatmaps are the caller's own: their layout, in which rows follow each other at the
+  // distance of their pixels, and their element type.
+  bool as_wanted = false;
+  Element maps_element = Element::float32;
+  Strides maps_strides{};
+};
+
 // y = skip + every low, upsampled x1 to x8 by nearest neighbour; then relu if relu.
 struct UpsampleAddParams {
   static constexpr int kMaps = 4;
@@ -204,6 +223,8 @@ struct Kernels {
   Work (*plan_conv_transpose)(const ConvTransposeParams&, int threads);
   void (*conv_transpose)(const ConvTransposeParams&, int threads, int64_t begin, int64_t end,
                          void* scratch);
+  Work (*plan_head)(const HeadParams&, int threads);
+  void (*head)(const HeadParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
   void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end,
                        void* scratch);
