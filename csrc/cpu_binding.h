@@ -137,15 +137,20 @@ struct BottleneckWeights {
     }
   }
 
-  // The parameters for an input of this shape.
-  cpu::BottleneckParams at(const std::string& where, const Shape& x) const {
+  // The parameters for an input of this shape, of which the block sees the 2x2 maximum if `pool`.
+  cpu::BottleneckParams at(const std::string& where, const Shape& x, bool pool = false) const {
     TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
                       " channels, as w1 has, given ", x);
+    TORCH_CHECK_VALUE(!pool || (x.height > 1 && x.width > 1), where,
+                      ": expected x to be at least as large as the window of 2x2, given ", x);
     cpu::BottleneckParams p = params;
+    p.pool = pool;
     p.batch = x.batch;
-    p.height = x.height;
-    p.width = x.width;
-    std::tie(p.method, p.w2) = w2.at(kernels, p.precision, x.height, x.width);
+    p.x_height = x.height;
+    p.x_width = x.width;
+    p.height = pool ? x.height / 2 : x.height;
+    p.width = pool ? x.width / 2 : x.width;
+    std::tie(p.method, p.w2) = w2.at(kernels, p.precision, p.height, p.width);
     return p;
   }
 };
@@ -204,6 +209,52 @@ struct ConvWeights {
     if (dense)
       std::tie(p.method, p.weight) =
           dense.at(kernels, p.precision, x.height + 2 * p.pad_h - 2, x.width + 2 * p.pad_w - 2);
+    return p;
+  }
+};
+
+// A head's weights, likewise; without those of the heatmaps, or of the way on, there is none.
+struct HeadWeights {
+  cpu::HeadParams params{};
+  std::array<at::Tensor, 6> owned;
+
+  HeadWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
+              const at::Tensor& w1, const at::Tensor& b1, const std::optional<at::Tensor>& w_maps,
+              const std::optional<at::Tensor>& b_maps, const std::optional<at::Tensor>& w_next,
+              const std::optional<at::Tensor>& b_next) {
+    TORCH_CHECK_VALUE(w_maps || w_next, where, ": expected w_maps, w_next or both, given neither");
+    params.precision = precision;
+    size_t next = 0;
+    const auto pack = [&](const char* name, const at::Tensor& weight, const at::Tensor& bias,
+                          const void*& packed, const float*& floats) {
+      check_conv(where, at::kCPU, weight, bias, std::nullopt, std::nullopt, {1, 1}, {0, 0}, {1, 1});
+      TORCH_CHECK_VALUE(weight.size(2) == 1 && weight.size(3) == 1, where, ": expected ", name,
+                        " of a 1x1 convolution, given the shape ", weight.sizes());
+      packed = (owned[next++] = pack_weight(kernels, precision, weight)).const_data_ptr();
+      floats = (owned[next++] = own_floats(bias)).const_data_ptr<float>();
+    };
+    pack("w1", w1, b1, params.w1, params.b1);
+    params.in = w1.size(1);
+    params.middle = w1.size(0);
+    const auto behind = [&](const char* name, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const void*& packed,
+                            const float*& floats) -> int64_t {
+      if (!weight) return 0;
+      TORCH_CHECK_VALUE(bias, where, ": expected a bias with ", name);
+      pack(name, *weight, *bias, packed, floats);
+      TORCH_CHECK_VALUE(weight->size(1) == params.middle, where, ": expected ", name, " to read ",
+                        params.middle, " channels, as w1 gives, given ", weight->size(1));
+      return weight->size(0);
+    };
+    params.joints = behind("w_maps", w_maps, b_maps, params.w_maps, params.b_maps);
+    params.out = behind("w_next", w_next, b_next, params.w_next, params.b_next);
+  }
+
+  cpu::HeadParams at(const std::string& where, const Shape& x) const {
+    check_conv_input(where, x, params.in, {1, 1}, {0, 0}, {1, 1});
+    cpu::HeadParams p = params;
+    p.batch = x.batch;
+    p.pixels = x.height * x.width;
     return p;
   }
 };

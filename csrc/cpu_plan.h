@@ -59,13 +59,16 @@ class CpuPlan {
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                   const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
-                  bool relu);
+                  bool relu, bool pool);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
             const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
             Pair dilation, bool relu, std::optional<Id> add, bool relu_sum);
   void conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
                       Pair stride, Pair padding, Pair output_padding, bool relu,
                       std::optional<Id> add, bool relu_sum);
+  void head(Id input, std::optional<Id> heatmaps, std::optional<Id> next, const at::Tensor& w1,
+            const at::Tensor& b1, const OptionalTensor& w_maps, const OptionalTensor& b_maps,
+            const OptionalTensor& w_next, const OptionalTensor& b_next, std::optional<Id> add);
   void pool(Id input, Id output, const std::string& mode, Pair kernel, Pair stride, Pair padding,
             bool ceil_mode, bool count_include_pad);
   void concat(const std::vector<Id>& inputs, Id output, std::optional<Id> add);
@@ -91,20 +94,29 @@ class CpuPlan {
   // One kernel call of a layout: everything but the pointers is settled.
   struct Launch {
     cpu::Work work{};
-    Shape result{};
+    std::vector<Shape> results;
     Run run;
     const char* op = nullptr;  // null: a copy in or out
-    std::vector<Slot> reads;
-    Slot write = -1;
+    std::vector<Slot> reads, writes;
+  };
+
+  // An input or output as the caller keeps it.
+  struct Given {
+    Slot slot;
+    cpu::Element element;
+    cpu::Strides strides;
   };
 
   struct Step {
     const char* op;
     std::string where;  // "step 3 (conv)", for errors
-    std::vector<Slot> reads;
-    Slot write;
+    std::vector<Slot> reads, writes;
     // Checks the shapes of all values so far, and settles the kernel call for them.
     std::function<Launch(const std::vector<Shape>&, int threads)> launch;
+    // The same where the first map it reads is an input as given; null: not for this step.
+    std::function<Launch(const std::vector<Shape>&, int threads, const Given&)> launch_given;
+    // The same where the first map it writes is an output, and nobody reads it; likewise.
+    std::function<Launch(const std::vector<Shape>&, int threads, const Given&)> launch_wanted;
   };
 
   struct Output {
@@ -129,7 +141,7 @@ class CpuPlan {
 
   std::string where(const char* op) const;
   Slot value(Id id);
-  void record(const char* op, std::vector<Slot> reads, Id output,
+  void record(const char* op, std::vector<Slot> reads, const std::vector<Id>& outputs,
               std::function<Launch(const std::vector<Shape>&, int threads)> launch);
 
   std::shared_ptr<const Layout> layout_for(const std::vector<at::Tensor>& inputs) const;

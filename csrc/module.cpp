@@ -51,7 +51,7 @@ void bind_cpu_plan(py::module_& m) {
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
            arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
-           arg("relu") = false)
+           arg("relu") = false, arg("pool") = false)
       .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
            arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(), arg("stride") = one,
            arg("padding") = zero, arg("dilation") = one, arg("relu") = false,
@@ -60,6 +60,9 @@ void bind_cpu_plan(py::module_& m) {
            arg("weight"), arg("bias"), arg("stride") = one, arg("padding") = zero,
            arg("output_padding") = zero, arg("relu") = false, arg("add") = py::none(),
            arg("relu_sum") = false)
+      .def("head", translated(&CpuPlan::head), arg("input"), arg("heatmaps"), arg("next"),
+           arg("w1"), arg("b1"), arg("w_maps") = py::none(), arg("b_maps") = py::none(),
+           arg("w_next") = py::none(), arg("b_next") = py::none(), arg("add") = py::none())
       .def("pool", translated(&CpuPlan::pool), arg("input"), arg("output"), arg("mode"),
            arg("kernel"), arg("stride"), arg("padding") = zero, arg("ceil_mode") = false,
            arg("count_include_pad") = true)

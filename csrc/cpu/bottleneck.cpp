@@ -12,7 +12,11 @@
 // The price is that the row above and the row below a strip are computed by its neighbour too:
 // two rows of conv1, a seventh of the work where a block halves its channels.
 //
+// Where x is pooled first, a task pools the rows that conv1 is about to read into scratch, once,
+// and keeps them until they have been the shortcut.
+//
 // A pixel's sums do not depend on the strip or block it falls in, so neither do their bits.
+#include "maximum.h"
 #include "operand.h"
 #include "table.h"
 #include "winograd.h"
@@ -60,11 +64,12 @@ struct Split {
 
 template <class Operand>
 struct Buffers {
-  Operand* t;     // (step + 2, pitch, middle)
-  Operand* u;     // (kBlock, or a group of tiles' pixels; middle)
-  Operand* a;     // (kBlock, in): prologue(x), and later x for the projected shortcut
-  float* bias;    // b3 + bp
-  int64_t pitch;  // pixels in a row of t: whole tiles, and one at either end
+  Operand* t;              // (step + 2, pitch, middle)
+  Operand* u;              // (kBlock, or a group of tiles' pixels; middle)
+  Operand* a;              // (kBlock, in): prologue(x), and later x for the projected shortcut
+  float* bias;             // b3 + bp
+  char* pooled = nullptr;  // (step + 2, width, in), of the element type
+  int64_t pitch;           // pixels in a row of t: whole tiles, and one at either end
   int64_t t_bytes, u_bytes;
   Grouping group;
   TileBuffers tiles;
@@ -85,6 +90,10 @@ struct Buffers {
     u = scratch.take<Operand>(u_count);
     a = scratch.take<Operand>(kBlock * padded<Operand>(p.in));
     bias = scratch.take<float>(p.out);
+    if (p.pool) {
+      const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
+      pooled = scratch.take<char>((split.step + 2) * p.width * p.in * bytes);
+    }
   }
 };
 
@@ -93,13 +102,14 @@ class Strip {
  public:
   Strip(const BottleneckParams& p, const Buffers<Operand>& buffers, int64_t image)
       : p(p), buffers(buffers), pitch(buffers.pitch), middle(padded<Operand>(p.middle)) {
-    x = static_cast<const E*>(p.x) + image * p.height * p.width * p.in;
+    given = static_cast<const E*>(p.x) + image * p.x_height * p.x_width * p.in;
+    x = given;
     y = static_cast<E*>(p.y) + image * p.height * p.width * p.out;
     if (p.low) low = static_cast<const E*>(p.low) + image * (p.height / 2) * (p.width / 2) * p.out;
   }
 
   // Rows top ... bottom - 1 of y.
-  void run(int64_t top, int64_t bottom, int64_t step) const {
+  void run(int64_t top, int64_t bottom, int64_t step) {
     for (int64_t r = 0; r < step + 2; ++r) {
       clear(r, 0, 1);
       clear(r, p.width + 1, pitch - p.width - 1);
@@ -108,6 +118,7 @@ class Strip {
     int64_t next = max(0, top - 1);  // the first row that t does not hold yet
     for (int64_t row = top; row < bottom; row += step) {
       const int64_t rows = min(step, bottom - row), last = min(p.height, row + rows + 1);
+      if (p.pool) pool(row, next, last);
       for (int64_t pixel = next * p.width; pixel < last * p.width; pixel += kBlock)
         conv1(row, pixel, min(kBlock, last * p.width - pixel));
       next = last;
@@ -124,10 +135,27 @@ class Strip {
       }
       memmove(static_cast<void*>(buffers.t), buffers.t + rows * pitch * middle,
               2 * pitch * middle * sizeof(Operand));
+      if (p.pool) {
+        const int64_t line = p.width * p.in * sizeof(E);
+        memmove(buffers.pooled, buffers.pooled + rows * line, 2 * line);
+      }
     }
   }
 
  private:
+  // The pooled rows first ... last - 1 into scratch, whose second row is the map's row `top`; x is
+  // read from there on as if the whole map were there.
+  void pool(int64_t top, int64_t first, int64_t last) {
+    const int64_t line = p.width * p.in, pitch = p.x_width * p.in;
+    E* pooled = reinterpret_cast<E*>(buffers.pooled) - (top - 1) * line;
+    x = pooled;
+    for (int64_t row = first; row < last; ++row) {
+      const E* from = given + 2 * row * pitch;
+      for (int64_t i = 0; i < line; i += p.in, from += 2 * p.in)
+        largest(from, pitch, p.in, Fixed<2>{}, Fixed<2>{}, pooled + row * line + i);
+    }
+  }
+
   // Zeros in t.
   void clear(int64_t row, int64_t column, int64_t columns) const {
     memset(static_cast<void*>(buffers.t + (row * pitch + column) * middle), 0,
@@ -239,7 +267,8 @@ class Strip {
 
   const BottleneckParams& p;
   const Buffers<Operand>& buffers;
-  const E* x;
+  const E* given;  // the image of p.x
+  const E* x;      // the same, or what it is pooled to
   E* y;
   const E* low = nullptr;
   int64_t pitch;   // pixels in a row of t

@@ -12,14 +12,17 @@
 // - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
 //   window per pixel, against `out` multiply-adds for each of its values.
-// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then a task's pixels of x, and
-// the
-//   ones around them, are copied once, zero-padded, through the prologue.
+// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then the pixels of x that a task
+//   needs are copied once, zero-padded, through the prologue.
+//
+// The first convolution of a network takes the caller's image in any layout: a block's rows of it
+// are laid out in scratch, those that it shares with the block before only once.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
 // network, they share the channels, and each reads only its own part of the weights.
 //
 // A sum is formed in the order of the weights, whatever task it falls in.
+#include "layout.h"
 #include "operand.h"
 #include "table.h"
 #include "winograd.h"
@@ -113,6 +116,10 @@ struct Geometry {
 
   int64_t tasks() const { return blocks * groups; }
   int64_t runs(const Job& p) const { return p.kernel_h * (p.kernel_w / run); }
+  // Rows of x that a block reaches, at most: it may begin and end in the middle of a row of y.
+  int64_t given_rows(const Job& p) const {
+    return Reach::most(p, ceil_div(block - 1, p.out_width) + 1);
+  }
 
   template <class Operand, class E>
   static Geometry of(const Job& p, int threads, Operand, E) {
@@ -167,8 +174,13 @@ struct Buffers {
   Operand* edges = nullptr;  // runs that begin or end in the padding
   int64_t* at = nullptr;     // (runs, block)
   float* window = nullptr;   // of one pixel, where its taps begin anywhere in a run
+  void* rows = nullptr;      // of x where it comes as given, of the element type
 
   Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
+    if (p.as_given) {
+      const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
+      rows = scratch.take<char>(g.given_rows(p) * p.width * p.in * bytes);
+    }
     if (g.windows == Geometry::pointwise)
       a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
     if (g.windows == Geometry::gathered)
@@ -343,19 +355,56 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
   return segment;
 }
 
+// Rows of a map as given, dense in NHWC: those that a block reaches, kept for the next one.
+template <class E>
+class GivenRows {
+ public:
+  GivenRows(const Job& p, void* memory)
+      : p_(p), row_(p.width * p.in), rows_(static_cast<E*>(memory)) {}
+
+  // The whole map, of which the rows in reach are there.
+  const E* map(const Reach& reach) {
+    int64_t kept = 0;
+    if (first_ <= reach.first && reach.first < last_) {
+      kept = max(0, min(last_, reach.last) - reach.first);
+      memmove(static_cast<void*>(rows_), rows_ + (reach.first - first_) * row_,
+              kept * row_ * sizeof(E));
+    }
+    first_ = reach.first;
+    last_ = max(reach.first, reach.last);
+    with_element(p_.x_element, [&](auto from) {
+      const auto* x = static_cast<const decltype(from)*>(p_.x);
+      const Strides dense{0, 1, 0, p_.in}, &given = p_.x_strides;
+      for (int64_t row = first_ + kept; row < last_; ++row)
+        copy_pixels(x + row / p_.height * given.batch + row % p_.height * given.height, given,
+                    rows_ + (row - first_) * row_, dense, p_.in, p_.width);
+    });
+    return rows_ - first_ * row_;
+  }
+
+ private:
+  const Job& p_;
+  int64_t row_;
+  E* rows_;
+  int64_t first_ = 0, last_ = 0;  // that are there
+};
+
 template <class Operand, class E>
-void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
+void run(const Job& job, int threads, int64_t begin, int64_t end, void* memory) {
+  Job p = job;
   const Geometry g = Geometry::of(p, threads, Operand{}, E{});
   Scratch scratch(memory);
   const Buffers<Operand> buffers(p, g, scratch);
   if (buffers.zeros) memset(static_cast<void*>(buffers.zeros), 0, g.run * p.in * sizeof(Operand));
   [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
+  GivenRows<E> given(job, buffers.rows);
   int64_t a_at[kMostPixels], y_at[kMostPixels];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / g.blocks * g.channels, block = task % g.blocks * g.block;
     // A block of one long row may have more pixels than a product takes.
     for (int64_t first = block; first < min(block + g.block, g.pixels); first += kMostPixels) {
       const int64_t pixels = min(min(block + g.block, g.pixels) - first, kMostPixels);
+      if (p.as_given) p.x = given.map({p, first / p.out_width, (first + pixels - 1) / p.out_width});
       const auto segment = windows<Operand, E>(p, g, buffers, first, pixels, a_at);
       each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
         const int64_t y =

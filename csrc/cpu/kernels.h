@@ -42,19 +42,24 @@ struct Work {
 //     [+ low, upsampled x2 by nearest neighbour]
 // pre = relu(scale * x + shift) if scale, else x; act = relu if relu. conv1, conv3: 1x1; conv2:
 // 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
-// are folded into the convolutions.
+// are folded into the convolutions. With `pool`, x stands for the maximum over its 2x2 windows.
 struct BottleneckParams {
   Precision precision;
   Method method;  // of conv2
-  bool relu;
-  int64_t batch, height, width;
+  bool relu, pool;
+  int64_t batch, height, width;    // of y
   int64_t in, middle, out;         // channels
-  const void* x;                   // (batch, height, width, in)
+  int64_t x_height, x_width;       // height and width; with pool twice as much, or one more
+  const void* x;                   // (batch, x_height, x_width, in)
   const void* low;                 // (batch, height / 2, width / 2, out), or null
   void* y;                         // (batch, height, width, out); may not alias x or low
   const float *scale, *shift;      // (in), or null
   const void *w1, *w2, *w3, *wp;   // packed; wp null: identity shortcut
   const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)
+};
+
+struct Strides {
+  int64_t batch, channels, height, width;  // in elements
 };
 
 // y = act_sum(act(conv(pre(x)) + bias) [+ add]); pre = relu(scale * x + shift) if scale, else x;
@@ -73,6 +78,12 @@ struct ConvParams {
   const float *scale, *shift;  // (in), or null
   const void* weight;          // packed
   const float* bias;           // (out)
+  // Where x is the caller's own map: its layout and element type. It is read as it is, rounded to
+  // the activations' type: for few channels, since every block of pixels lays out anew the rows it
+  // needs.
+  bool as_given = false;
+  Element x_element = Element::float32;
+  Strides x_strides{};
 };
 
 // The transposed convolution: pixel (i, j) of x adds its products with the kernel to the pixels of
@@ -93,6 +104,25 @@ struct ConvTransposeParams {
   void* y;             // (batch, out_height, out_width, out)
   const void* weight;  // packed, phase by phase: rest (0, 0), (0, 1), ...
   const float* bias;   // (out)
+};
+
+// z = relu(features(x) + b1); heatmaps = maps(z) + b_maps; next = merge(z) + b_next [+ add]: all
+// 1x1. joints or out is 0 where that result is not wanted.
+struct HeadParams {
+  Precision precision;
+  int64_t batch, pixels;            // pixels of an image
+  int64_t in, middle, joints, out;  // channels
+  const void* x;                    // (batch, pixels, in)
+  const void* add;                  // like next, or null
+  void* heatmaps;                   // (batch, pixels, joints)
+  void* next;                       // (batch, pixels, out)
+  const void *w1, *w_maps, *w_next;
+  const float *b1, *b_maps, *b_next;
+  // Where the heatmaps are the caller's own: their layout, in which rows follow each other at the
+  // distance of their pixels, and their element type.
+  bool as_wanted = false;
+  Element maps_element = Element::float32;
+  Strides maps_strides{};
 };
 
 // y = skip + every low, upsampled x1 to x8 by nearest neighbour; then relu if relu.
@@ -130,10 +160,6 @@ struct ConcatParams {
   const void* x[kMaps];  // (pixels, channels[i])
   const void* add;       // like y, or null
   void* y;               // (pixels, sum of the channels)
-};
-
-struct Strides {
-  int64_t batch, channels, height, width;  // in elements
 };
 
 // y = x in another layout, another element type, or both.
@@ -219,6 +245,8 @@ struct Kernels {
   Work (*plan_conv_transpose)(const ConvTransposeParams&, int threads);
   void (*conv_transpose)(const ConvTransposeParams&, int threads, int64_t begin, int64_t end,
                          void* scratch);
+  Work (*plan_head)(const HeadParams&, int threads);
+  void (*head)(const HeadParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
   void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end,
                        void* scratch);

@@ -17,6 +17,7 @@ void pack(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t 
 HGFAST_KERNEL(bottleneck, BottleneckParams);
 HGFAST_KERNEL(conv, ConvParams);
 HGFAST_KERNEL(conv_transpose, ConvTransposeParams);
+HGFAST_KERNEL(head, HeadParams);
 HGFAST_KERNEL(upsample_add, UpsampleAddParams);
 HGFAST_KERNEL(pool, PoolParams);
 HGFAST_KERNEL(concat, ConcatParams);

@@ -22,8 +22,9 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import plain
+from hgfast.runtime import fusions, plain
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
+from hgfast.runtime.fusions import Head
 
 #: What activations of a float32 model are kept in, by precision. Products are of that type too, but
 #: for "high", which multiplies what is fastest here and exact enough. Sums are float32.
@@ -42,6 +43,16 @@ def unsupported(dtype: torch.dtype) -> str | None:
 def element_of(dtype: torch.dtype, precision: str) -> str:
     """The element type activations are kept in: a bfloat16 model runs in bfloat16."""
     return "bfloat16" if dtype == torch.bfloat16 else ELEMENTS[precision]
+
+
+#: Channels between the convolutions of a head that is one step: a block of their pixels stays in
+#: a core's cache.
+MOST_HEAD_CHANNELS = 512
+
+
+def takes_head(head: Head) -> bool:
+    """Whether a kernel takes what follows an hourglass as one."""
+    return head.channels[1] <= MOST_HEAD_CHANNELS
 
 
 def has_kernel(step: Step) -> bool:
@@ -82,6 +93,7 @@ class CpuExecutor:
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
         self.dtype = getattr(torch, element)
+        self._in_heads: set[int] = set()  # values that heads give, of those in between too
         # Packing is no part of anybody's autograd graph, and inference tensors may be read.
         with torch.inference_mode():
             self._parts = self._cut(plan, weights, native, element, high)
@@ -115,6 +127,8 @@ class CpuExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
+        if step.output in self._in_heads:
+            return f"{self.backend} head"
         return self.backend if has_kernel(step) else f"PyTorch {self.dtype}"
 
     def _cut(
@@ -142,7 +156,9 @@ class CpuExecutor:
                 inputs = list(plan.inputs) if whole else list(read)
                 outputs = self._outputs if whole else [n for n in sorted(made) if n in needed]
                 as_computed = self._as_computed or not whole
-                packed = _packed(begin(), group, weights, inputs, outputs, as_computed)
+                heads = fusions.heads(group, inputs, outputs, takes_head)
+                self._in_heads.update(step.output for head in heads for step in head.steps)
+                packed = _packed(begin(), group, heads, weights, inputs, outputs, as_computed)
                 parts.append(_Native(packed, inputs, outputs, dead))
             needed.update(read)
         return parts[::-1]
@@ -205,18 +221,29 @@ def _gathered(steps: Sequence[Step]) -> list[Step]:
 def _packed(
     packed: Any,
     steps: Sequence[Step],
+    heads: Sequence[Head],
     weights: Mapping[str, Tensor],
     inputs: list[int],
     outputs: list[int],
     as_computed: bool,
 ) -> Any:
     """The native plan that is begun, with these steps, finished."""
+    pools = fusions.pooled_blocks(steps, outputs, lambda _: True)
+    head_of = {step.output: head for head in heads for step in head.steps}
     for step in steps:
         x, out = step.inputs[0], step.output
+        if out in pools:  # the block behind it pools what it reads
+            continue
+        if out in head_of:
+            if step is head_of[out].features:
+                _pack_head(packed, head_of[out], weights)
+            continue
         extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
             relu = not step.preactivated
-            packed.bottleneck(x, out, *bottleneck_weights(step, weights), extra, relu)
+            pool = x in pools
+            source = pools[x] if pool else x
+            packed.bottleneck(source, out, *bottleneck_weights(step, weights), extra, relu, pool)
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
@@ -240,3 +267,18 @@ def _packed(
             packed.add(x, extra, out, relu=getattr(step, "relu", False))
     packed.finish(inputs, outputs, as_computed)
     return packed
+
+
+def _pack_head(packed: Any, head: Head, weights: Mapping[str, Tensor]) -> None:
+    heatmaps, merge = head.heatmaps, head.merge
+    none = (None, None)
+    y, *others = head.reads
+    packed.head(
+        y,
+        heatmaps.output if heatmaps else None,
+        merge.output if merge else None,
+        *conv_weights(head.features, weights)[:2],
+        *(conv_weights(heatmaps, weights)[:2] if heatmaps else none),
+        *(remerge_weights(merge, weights) if merge else none),
+        *others,
+    )
