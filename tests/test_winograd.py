@@ -64,7 +64,9 @@ MATRICES = {
 }  # fmt: skip
 
 
-def winograd(x: Tensor, weight: Tensor, padding: tuple[int, int], side: int, absolute: bool) -> Tensor:
+def winograd(
+    x: Tensor, weight: Tensor, padding: tuple[int, int], side: int, absolute: bool
+) -> Tensor:
     """The algorithm in float64; with absolute values of everything, or as it is."""
     b, a, g = (torch.tensor(m, dtype=torch.float64) for m in MATRICES[side])
     x, weight = x.double(), weight.double()
@@ -195,7 +197,10 @@ def test_what_stands_around_a_convolution(
     relu_sum: bool,
     plus: bool,
 ) -> None:
-    x, w = random_map(batch, channels, height, width), conv_weights(channels, out, (3, 3), norm=norm)
+    x, w = (
+        random_map(batch, channels, height, width),
+        conv_weights(channels, out, (3, 3), norm=norm),
+    )
     arguments: dict[str, object] = {"padding": (1, 1), "relu": relu, "relu_sum": relu_sum}
     add = random_map(batch, out, height, width, seed=2)
     reference = conv_reference(
