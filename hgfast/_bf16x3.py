@@ -19,7 +19,12 @@ ROUNDING = 2.0**-17
 
 
 _aten = torch.ops.aten
-_SPELLINGS = {_aten.conv2d.default, _aten.conv2d.padding, _aten.conv_transpose2d.input}
+_SPELLINGS = {
+    _aten.conv2d.default,
+    _aten.conv2d.padding,
+    _aten._convolution_mode.default,
+    _aten.conv_transpose2d.input,
+}
 
 
 class Bf16x3(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -230,8 +230,8 @@ class Verification:
             eager += " in bf16x3"
         footer = (
             f"Error against float64; allowed: twice that of eager {eager}. Shift: of heatmap\n"
-            "maxima, in heatmap pixels; one may move only where float64 does not decide between the\n"
-            "two cells."
+            "maxima, in heatmap pixels; one may move only where float64 does not decide between\n"
+            "the two cells."
         )
         if any(output.name == "['coords']" for output in self.outputs):
             footer += "\nCoords and scores against what the reference decodes of these heatmaps."
