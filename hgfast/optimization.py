@@ -98,9 +98,11 @@ def optimize(
 
     Args:
         model: any module. Recognition is by structure, never by class or name.
-        precision: "highest": float32 arithmetic; "high": float32-grade results; "medium":
-            bfloat16 operands, float32 sums. Inputs and outputs keep the model's dtype. None
-            follows ``torch.get_float32_matmul_precision()``. A bfloat16 model runs in bfloat16.
+        precision: "highest": float32 arithmetic; "high": float32-grade results, on AMX by
+            three bfloat16 products for each (bf16x3: see :func:`verify`), elsewhere in float32;
+            "medium": bfloat16 operands, float32 sums. Inputs and outputs keep the model's dtype.
+            None follows ``torch.get_float32_matmul_precision()``. A bfloat16 model runs in
+            bfloat16.
             On a GPU the kernels multiply in 16 bits: a float32 model needs "medium" there, and
             bfloat16 and float16 models run as they are.
         inplace: change ``model`` itself. Otherwise an independent copy is returned and
