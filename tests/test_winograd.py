@@ -12,6 +12,7 @@ one half unit in the last place for each addition on its way.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,12 @@ MATRICES = {
             [0, 2, -1, -2, 1, 0],
             [0, 1, 1.5, -2, -1.5, 1],
         ],
-        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -0.5, 0], [0, 1, 1, 4, 0.25, 0], [0, 1, -1, 8, -0.125, 1]],
+        [
+            [1, 1, 1, 1, 1, 0],
+            [0, 1, -1, 2, -0.5, 0],
+            [0, 1, 1, 4, 0.25, 0],
+            [0, 1, -1, 8, -0.125, 1],
+        ],
         [
             [1, 0, 0],
             [-1 / 3, -1 / 3, -1 / 3],
@@ -85,13 +91,10 @@ def winograd(
     return whole[:, :, :height, :width]
 
 
-def conv(x: Tensor, high: bool, threads: int | None = None, **arguments: object) -> Tensor:
+def conv(x: Tensor, high: bool, *, add: Tensor | None = None, **arguments: Any) -> Tensor:
     plan = native.CpuPlan("float32", high=high)
-    inputs = [x]
-    if "add" in arguments:
-        inputs.append(arguments["add"])  # type: ignore[arg-type]
-        arguments["add"] = 1
-    plan.conv(0, len(inputs), **arguments)
+    inputs = [x] if add is None else [x, add]
+    plan.conv(0, len(inputs), **arguments, add=None if add is None else 1)
     plan.finish(list(range(len(inputs))), [len(inputs)])
     result: Tensor = plan.run(inputs)[0]
     return result
@@ -201,12 +204,16 @@ def test_what_stands_around_a_convolution(
         random_map(batch, channels, height, width),
         conv_weights(channels, out, (3, 3), norm=norm),
     )
-    arguments: dict[str, object] = {"padding": (1, 1), "relu": relu, "relu_sum": relu_sum}
-    add = random_map(batch, out, height, width, seed=2)
+    add = random_map(batch, out, height, width, seed=2) if plus else None
     reference = conv_reference(
-        x.double(), cast(w, torch.float64), 1, 1, relu, add.double() if plus else None, 1, relu_sum
+        x.double(),
+        cast(w, torch.float64),
+        padding=1,
+        relu=relu,
+        add=None if add is None else add.double(),
+        relu_sum=relu_sum,
     )
-    y = conv(x, high, **w, **arguments, **({"add": add} if plus else {}))
+    y = conv(x, high, **w, padding=(1, 1), relu=relu, add=add, relu_sum=relu_sum)
     assert_close_float32(y, reference)
 
 
