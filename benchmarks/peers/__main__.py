@@ -49,30 +49,29 @@ def parts(threads: Sequence[int]) -> Iterator[Part]:
             if (batch, count) != (1, most):
                 yield Part(2, 256, batch, count)
     for size in (128, 384, 512, 768, 1024):
-        yield Part(2, size, 1, most)
+        yield Part(2, size, 1, most, curve=True)
     for stacks in (1, 4, 6):
-        yield Part(stacks, 256, 1, most)
+        yield Part(stacks, 256, 1, most, curve=True)
 
 
 def small_parts(threads: Sequence[int]) -> Iterator[Part]:
     """One of each kind, for tests: seconds."""
-    for part in (Part(1, 64, 1, 1), Part(1, 64, 8, 1), Part(1, 128, 1, 1), Part(2, 64, 1, 1)):
-        yield replace(part, threads=threads[-1], features=32)
-
-
-def is_curve(part: Part) -> bool:
-    return part.size != 256 or part.stacks not in (2, 8)
+    most = threads[-1]
+    yield Part(2, 64, 1, most, features=32)
+    yield Part(2, 64, 2, most, features=32)
+    yield Part(2, 128, 1, most, features=32, curve=True)
+    yield Part(1, 64, 1, most, features=32, curve=True)
 
 
 def invited(part: Part, wanted: Sequence[str], bfloat16: bool) -> Part:
     """The part with its candidates, and why others are left out."""
     left_out = {}
     for name in wanted:
-        if is_curve(part) and part.features == 256 and name not in CURVES:
+        if part.curve and name not in CURVES:
             left_out[name] = "not in the curves"
         elif name.startswith("torch.compile") and part.stacks > COMPILED_STACKS:
             left_out[name] = "compiling takes minutes"
-        elif (part.batch > 1 or is_curve(part)) and not bfloat16 and engines.ENGINES[name].bfloat16:
+        elif (part.batch > 1 or part.curve) and not bfloat16 and engines.ENGINES[name].bfloat16:
             left_out[name] = "no bfloat16 instructions here: batch 1 only"
     candidates = tuple(name for name in wanted if name not in left_out)
     return replace(part, candidates=candidates, left_out=tuple(left_out.items()))
@@ -82,7 +81,7 @@ def weight(part: Part) -> float:
     """Of the time, relative to the other parts."""
     work = part.batch * (part.size / 256) ** 2 * part.stacks / 2 / part.threads
     share = work**0.5 * len(part.candidates)
-    return share if is_curve(part) or part.batch > 1 else 3 * share
+    return share if part.curve or part.batch > 1 else 3 * share
 
 
 def overhead(part: Part) -> float:

@@ -89,11 +89,12 @@ def _channels_last(dtype: torch.dtype, model: nn.Module, x: Tensor, threads: int
 def _compiled(dtype: torch.dtype, model: nn.Module, x: Tensor, threads: int) -> Made:
     from torch._inductor import config
 
+    # Weights become constants: its fastest setting. Not undone: what is compiled without it looks
+    # like another program, which would be compiled when it is timed.
+    config.freezing = True
     model, x = _last(model, x, dtype)
-    torch.compiler.reset()
     run = partial(torch.compile(model, dynamic=False), x)
-    with config.patch(freezing=True):  # weights become constants: its fastest setting
-        run()
+    run()
     return Made(run, _tensors, "inductor, freezing, channels_last")
 
 

@@ -1,4 +1,4 @@
-"""The rows as Markdown: in docs/performance.md all of them, in README.md the ratios of one network."""
+"""The rows as Markdown: all of them in docs/performance.md, one network's ratios in README.md."""
 
 from __future__ import annotations
 
@@ -52,10 +52,23 @@ def fastest(row: Row, group: str) -> str | None:
     return min(others, key=lambda name: others[name]) if others else None
 
 
-def ceiling(row: Row, group: str) -> tuple[str, float]:
-    """The kind of instruction that limits a group, and its FLOP/s as measured beside it."""
+def has(row: Row, name: str) -> bool:
+    return name in row["candidates"]
+
+
+def ceiling(row: Row, name: str) -> tuple[str, float]:
+    """What limits a candidate's arithmetic, and its GFLOP/s as measured beside it.
+
+    "high" has a third of the bfloat16 tiles, where it uses them: three products for each.
+    """
     found = limits.highest(row["limits"]["before"], row["limits"]["after"])
-    kinds = ("amx_bf16", "avx512_bf16", "float32") if group == "bfloat16" else ("float32",)
+    if (
+        "amx_bf16" in found
+        and name == "hgfast high"
+        and "amx" in row["candidates"][name]["setting"]
+    ):
+        return "a third of amx_bf16", found["amx_bf16"] / 3
+    kinds = ("amx_bf16", "avx512_bf16", "float32") if ENGINES[name].bfloat16 else ("float32",)
     kind = next(kind for kind in kinds if kind in found)
     return kind, found[kind]
 
@@ -70,8 +83,8 @@ def summary(row: Row) -> Iterator[str]:
         best = fastest(row, group)
         for name, ms in members(row, group).items():
             ratio = f"{ms / row['candidates'][best]['ms']:6.2f}" if best else ""
-            share = rates(row, name) / ceiling(row, group)[1]
-            yield f"  {name:24s} {milliseconds(ms):>8s} ms {ratio}  {100 * share:4.0f} % of the limit"
+            share = 100 * rates(row, name) / ceiling(row, name)[1]
+            yield f"  {name:24s} {milliseconds(ms):>8s} ms {ratio:6s}  {share:4.0f} % of the limit"
 
 
 # --- docs/performance.md ---
@@ -80,15 +93,18 @@ def summary(row: Row) -> Iterator[str]:
 def table(rows: Sequence[Row], group: str) -> list[str]:
     """Times over that of the fastest other engine, whose milliseconds are given."""
     names = [name for name in ENGINES if any(name in members(row, group) for row in rows)]
-    heads = ["network, input, batch, threads", "fastest other", "ms", *map(_bold, names)]
-    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) - 2)}"]
+    first = ["network, input, batch, threads", "blocks x calls", "fastest other", "ms"]
+    lines = [f"| {' | '.join([*first, *map(_bold, names)])} |"]
+    lines += [f"|---|---|---|---:|{'---:|' * len(names)}"]
     for row in rows:
         best, held = fastest(row, group), members(row, group)
         if not held:
             continue
         base = held[best] if best else None
+        way = row["timing"]
         cells = [
             title(row),
+            f"{way['blocks']} x {way['calls'] - way['dropped']} of {way['calls']}",
             best or "",
             milliseconds(base) if base else "",
             *(_bold(f"{held[n] / base:.2f}", n) if base and n in held else "" for n in names),
@@ -104,34 +120,24 @@ def _bold(text: str, name: str = "") -> str:
 def rates_table(rows: Sequence[Row]) -> list[str]:
     """How near hgfast and the fastest other come to what the machine multiplies."""
     lines = [
-        "| network, input, batch, threads | group | limit, TFLOP/s | fastest other | hgfast |",
+        "| network, input, batch, threads | candidate | GFLOP/s | limit | share |",
         "|---|---|---:|---:|---:|",
     ]
     for row in rows:
         for group in GROUPS:
-            ours, best = members(row, group, ours=True), fastest(row, group)
-            if not ours:
-                continue
-            kind, limit = ceiling(row, group)
-            mine = min(ours, key=lambda name: ours[name])
-            cells = [
-                title(row),
-                group,
-                f"{limit / 1e12:.3f} ({kind})",
-                *(_rate(row, name, limit) if name else "" for name in (best, mine)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+            for name in (fastest(row, group), *members(row, group, ours=True)):
+                if name is None:
+                    continue
+                rate, (kind, limit) = rates(row, name), ceiling(row, name)
+                share = _bold(f"{100 * rate / limit:.0f} %", name)
+                cells = title(row), _bold(name), f"{rate:.0f}", f"{limit:.0f} ({kind})", share
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _rate(row: Row, name: str, limit: float) -> str:
-    rate = rates(row, name)
-    return f"{name}: {rate / 1e12:.3f}, {100 * rate / limit:.0f} %"
 
 
 def errors_table(row: Row) -> list[str]:
     lines = [
-        "| candidate | relative L2 error | largest error / largest value | same maximum | setting |",
+        "| candidate | relative L2 error | largest error / value | same maximum | setting |",
         "|---|---:|---:|---:|---|",
     ]
     for name in ENGINES:
@@ -159,23 +165,14 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
             "This machine has no instructions that multiply in bfloat16: who computes in it "
             "converts, and is measured at batch 1 only"
         )
-    by_way: dict[str, list[str]] = {}
-    for row in rows:
-        way = row["timing"]
-        words = (
-            f"{way['blocks']} blocks of {way['calls']} calls, of each the first {way['dropped']} "
-            "dropped"
-        )
-        by_way.setdefault(words, []).append(title(row))
-    for words, titles in sorted(by_way.items(), key=lambda item: -len(item[1])):
-        yield f"{words}: {'; '.join(titles)}"
     why: dict[str, list[str]] = {}
     for row in rows:
         for name, said in row["left_out"].items():
             if said.startswith("too slow"):
-                why.setdefault(f"Left out, {said}", []).append(f"{name} ({title(row)})")
-    for said, names in why.items():
-        yield f"{said}: {'; '.join(names)}"
+                once = said.rpartition(": ")[2]
+                why.setdefault(title(row), []).append(f"{name} ({once})")
+    for where, names in why.items():
+        yield f"Too slow for the time of its part: {', '.join(names)} in {where}"
     for row in rows:
         for name, said in row["faults"].items():
             yield f"Failed: {name} ({title(row)}): {said}"
@@ -209,7 +206,10 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows
         if min(values := [max(row["limits"][when]["float32"]) for when in ("before", "after")]) > 0
     ]
-    yield f"The float32 limit before and after a part differed by up to {100 * max(drifts) - 100:.0f} %"
+    yield (
+        "The float32 limit before and after a part differed by up to "
+        f"{100 * max(drifts) - 100:.0f} %"
+    )
 
 
 def block_medians(row: Row, held: Row) -> list[float]:
@@ -254,14 +254,11 @@ def quoted(results: Row, name: str) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * len(rows)}"]
     for group, base in (("float32", "hgfast highest"), ("bfloat16", "hgfast bfloat16")):
         for engine in (engine for engine in ENGINES if ENGINES[engine].group == group):
-            cells = [
-                _bold(
-                    f"{row['candidates'][engine]['ms'] / row['candidates'][base]['ms']:.2f}", engine
-                )
-                if {engine, base} <= row["candidates"].keys()
-                else ""
+            times = [
+                [row["candidates"].get(name, {}).get("ms") for name in (engine, base)]
                 for row in rows
             ]
+            cells = [_bold(f"{a / b:.2f}", engine) if a and b else "" for a, b in times]
             if any(cells):
                 lines.append(f"| {' | '.join([_bold(engine), *cells])} |")
     machine = results["machine"]

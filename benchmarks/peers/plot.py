@@ -9,6 +9,7 @@ from typing import Any, Final
 from benchmarks.peers import limits
 from benchmarks.peers.engines import ENGINES, is_ours
 from benchmarks.peers.measure import rates
+from benchmarks.peers.pages import ceiling, has, milliseconds
 from benchmarks.record import Row
 
 #: Colour of each candidate; bfloat16 is dashed and has open markers.
@@ -103,23 +104,26 @@ def _time_by_batch(axes: Any, rows: Sequence[Row], threads: str) -> None:
         for name, held in row["candidates"].items():
             lines.setdefault(name, []).append((place, held["ms"] / row["batch"]))
     axes.set_title(f"Milliseconds an image, {threads} (lower is better)", fontsize=11)
+    # Who was measured at one batch only is no line; the panel beside has it.
+    longest = max(len(points) for points in lines.values())
+    lines = {name: line for name, line in lines.items() if len(line) > 1 or longest == 1}
     _plot(axes, lines)
     axes.set_yscale("log")
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     axes.set_xlim(-0.15, max(len(batches) - 1, 0.4) * 1.5 + 0.15)
     _plain_ticks(axes.yaxis)
     axes.grid(True, axis="y", which="both", alpha=0.2)
-    _label_ends(axes, lines, "{:.0f} ms")
+    _label_ends(axes, lines)
 
 
 def _rates(axes: Any, rows: Sequence[Row], threads: str) -> None:
     """A line for each candidate, a dot for each batch, and the measured ceilings."""
-    names = [name for name in ENGINES if any(name in row["candidates"] for row in rows)]
+    names = [name for name in ENGINES if any(has(row, name) for row in rows)]
     axes.set_title(f"TFLOP/s by batch, {threads}, and the measured limits", fontsize=11)
     most = 0.0
     for place, name in enumerate(names):
         found = [
-            (row["batch"], rates(row, name) / 1e12) for row in rows if name in row["candidates"]
+            (row["batch"], rates(row, name) / 1e3) for row in rows if name in row["candidates"]
         ]
         colour = COLOURS[name]
         axes.plot(
@@ -132,15 +136,20 @@ def _rates(axes: Any, rows: Sequence[Row], threads: str) -> None:
                 rate, place, "o", markersize=size, color=colour, markerfacecolor=face, alpha=0.9
             )
             most = max(most, rate)
+        best = max(rates(row, name) / ceiling(row, name)[1] for row in rows if has(row, name))
+        axes.annotate(
+            f"{100 * best:.0f} %", (max(rate for _, rate in found), place), xytext=(9, 0),
+            textcoords="offset points", fontsize=8.5, va="center", color=colour,
+        )  # fmt: skip
     found = limits.highest(*(row["limits"][when] for row in rows for when in ("before", "after")))
     for kind, limit in found.items():
-        axes.axvline(limit / 1e12, color=ROOF, linewidth=1.5, linestyle=(0, (4, 2)))
+        axes.axvline(limit / 1e3, color=ROOF, linewidth=1.5, linestyle=(0, (4, 2)), zorder=1)
         axes.annotate(
-            f"{CEILINGS[kind]}:\n{limit / 1e12:.2g} TFLOP/s", (limit / 1e12, -0.85),
-            xytext=(-4, 0), textcoords="offset points", fontsize=9, color=ROOF,
-            ha="right", va="top",
+            f"{CEILINGS[kind]}: {limit / 1e3:.2g}", (limit / 1e3, len(names) - 0.5),
+            xytext=(-3, 0), textcoords="offset points", fontsize=8.5, color=ROOF,
+            ha="right", va="bottom", rotation=90,
         )  # fmt: skip
-        most = max(most, limit / 1e12)
+        most = max(most, limit / 1e3)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
         tick.set_fontweight("bold" if is_ours(name) else "normal")
@@ -148,10 +157,10 @@ def _rates(axes: Any, rows: Sequence[Row], threads: str) -> None:
     axes.set_xlim(0, most * 1.04)
     axes.grid(True, axis="x", alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
+    batches = ", ".join(str(row["batch"]) for row in rows)
     axes.set_xlabel(
-        "of the network's FLOPs; larger dots are larger batches ("
-        + ", ".join(str(row["batch"]) for row in rows)
-        + ")"
+        f"larger dots: larger batches ({batches}); percent: of the limit of this arithmetic",
+        fontsize=9,
     )
 
 
@@ -172,7 +181,7 @@ def _draw_curves(sizes: Sequence[Row], stacks: Sequence[Row], machine: str, path
     if len(places) > 1:
         left.set_xlim(places[0] / 1.1, places[-1] * (places[-1] / places[0]) ** 0.35)
     _plain_ticks(left.yaxis)
-    _label_ends(left, _lines(sizes, lambda row: row["size"]), "{:.0f} ms")
+    _label_ends(left, _lines(sizes, lambda row: row["size"]))
     _curve(right, stacks, lambda row: int(row["network"][3:]))
     usual = f"{stacks[0]['size']}x{stacks[0]['size']}" if stacks else ""
     right.set_title(f"By number of stacks, {usual}, milliseconds", fontsize=11)
@@ -181,7 +190,7 @@ def _draw_curves(sizes: Sequence[Row], stacks: Sequence[Row], machine: str, path
     right.set_xticks(counts, counts)
     if len(counts) > 1:
         right.set_xlim(counts[0] - 0.3, counts[-1] + 0.5 * (counts[-1] - counts[0]))
-    _label_ends(right, _lines(stacks, lambda row: int(row["network"][3:])), "{:.0f} ms")
+    _label_ends(right, _lines(stacks, lambda row: int(row["network"][3:])))
     return _save(figure, path)
 
 
@@ -216,25 +225,27 @@ def _plot(axes: Any, lines: Lines) -> None:
 def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 15 * low else (1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label_ends(axes: Any, lines: Lines, value: str) -> None:
+def _label_ends(axes: Any, lines: Lines) -> None:
     """A name at the end of each line, pushed apart where they would overlap."""
     figure = axes.figure
     figure.canvas.draw()  # settles the layout, and with it the pixels
     height = 11.5 * figure.dpi / 72  # of a label
     ends = {name: axes.transData.transform(points[-1]) for name, points in lines.items()}
     right = max((float(x) for x, _ in ends.values()), default=0.0)
-    low, high = axes.get_window_extent().y0, axes.get_window_extent().y1
-    places = spread([(float(y), name) for name, (_, y) in ends.items()], height, low, high)
+    box = axes.get_window_extent()
+    wanted = [(float(y), name) for name, (_, y) in ends.items()]
+    places = spread(wanted, height, box.y0 + height / 2, box.y1 - height / 2)
     back = axes.transData.inverted()
     for name, y in places.items():
         end = lines[name][-1]
         axes.annotate(
-            f"{name}  {value.format(end[1])}", end, xytext=back.transform((right + 14, y)),
+            f"{name}  {milliseconds(end[1])} ms", end, xytext=back.transform((right + 14, y)),
             textcoords="data", fontsize=9, va="center", color=COLOURS[name],
             fontweight="bold" if is_ours(name) else "normal",
             arrowprops={"arrowstyle": "-", "color": COLOURS[name], "alpha": 0.35, "lw": 0.8},
