@@ -17,6 +17,7 @@ PAGE: Final = ROOT / "docs" / "performance.md"
 README: Final = ROOT / "README.md"
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 NOT_YET: Final = "Not yet measured on this version: `make bench-peers` does."
+BATCHES, CURVES = "peers.png", "peers-curves.png"  # the plots, beside docs/performance.md
 GROUPS: Final = ("float32", "bfloat16")
 
 
@@ -222,7 +223,11 @@ def shown(results: Row, name: str) -> str:
     rows = results["rows"]
     networks = [row for row in rows if row["size"] == 256 and row["network"] in ("HG-2", "HG-8")]
     curves = [row for row in rows if row not in networks]
-    lines = ["Times, relative to the fastest other engine of the group (its milliseconds beside)."]
+    lines = [f"![Time by batch, and rates beside the measured limits]({BATCHES})", ""] * bool(
+        networks
+    )
+    lines += [f"![Time by input size and by number of stacks]({CURVES})", ""] * bool(curves)
+    lines += ["Times, relative to the fastest other engine of the group (its milliseconds beside)."]
     lines += ["", "Results as exact as float32's:", "", *table(networks, "float32")]
     lines += ["", "Computed in bfloat16:", "", *table(networks, "bfloat16")]
     lines += ["", "Rates, as shares of what the machine was seen to multiply in the same part:", ""]
