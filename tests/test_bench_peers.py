@@ -70,7 +70,7 @@ def a_row(
         "features": 256, "gflops": 10.0 * batch,
         "candidates": {name: candidate(name, time) for name, time in ms.items()},
         "bfloat16 instructions": True, "left_out": {}, "faults": {},
-        "timing": {"blocks": 4, "calls": 8, "dropped": 3},
+        "timing": {"blocks": 4, "calls": 8, "dropped": 3, "seconds": 5.0},
         "limits": {"before": {"float32": [180.0, 200.0]}, "after": {"float32": [190.0, 150.0]}},
         "load": 0.1, "engines": {"openvino": "1.2"}, "versions": {"torch": "3.4"},
     }  # fmt: skip
@@ -155,7 +155,7 @@ def test_small_networks(
     ]  # fmt: skip
     assert set(rows[0]["candidates"]) == set(HERE)
     for row in rows:
-        assert row["timing"] == {"blocks": 2, "calls": 8, "dropped": 3}
+        assert row["timing"].items() >= {"blocks": 2, "calls": 8, "dropped": 3}.items()
         assert not row["faults"]
         assert row["gflops"] > 0
         assert row["limits"]["before"]["float32"]
@@ -478,7 +478,7 @@ def test_labels_keep_apart() -> None:
     assert all(b - a >= 10 for a, b in pairwise(heights))
     assert places["e"] == 50
     assert max(heights) <= 100
-    assert plot.spread([(98.0, "a"), (99.0, "b")], 10, 0, 100) == {"a": 89.0, "b": 99.0}
+    assert plot.spread([(98.0, "a"), (99.0, "b")], 10, 0, 100) == {"a": 90.0, "b": 100.0}
 
 
 # --- the benchmarks of single ops ---

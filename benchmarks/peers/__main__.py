@@ -77,16 +77,21 @@ def invited(part: Part, wanted: Sequence[str], bfloat16: bool) -> Part:
     return replace(part, candidates=candidates, left_out=tuple(left_out.items()))
 
 
+def work(part: Part) -> float:
+    """Relative to an image of HG-2 at 256x256 with two threads: about 0.15 s of two old cores."""
+    return part.batch * (part.size / 256) ** 2 * part.stacks / part.threads
+
+
 def weight(part: Part) -> float:
     """Of the time, relative to the other parts."""
-    work = part.batch * (part.size / 256) ** 2 * part.stacks / 2 / part.threads
-    share = work**0.5 * len(part.candidates)
-    return share if part.curve or part.batch > 1 else 3 * share
+    share = work(part) ** 0.7 * len(part.candidates)
+    return share * (1.6 if part.curve else 2.5 if part.batch == 1 else 1)
 
 
 def overhead(part: Part) -> float:
-    """Seconds before the first call is timed, about."""
-    return sum(60 if name.startswith("torch.compile") else 3 for name in part.candidates)
+    """Seconds beside the calls that are timed, about: compiling, float64, and checking."""
+    compiling = sum(40 if name.startswith("torch.compile") else 3 for name in part.candidates)
+    return compiling + work(part) * (0.8 + 0.3 * len(part.candidates))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,14 +151,15 @@ def _run(chosen: Sequence[Part], args: argparse.Namespace, path: Path, command: 
     record.held_here(path)  # a file of another machine is refused before hours are spent
     failed = 0
     end = time.monotonic() + 60 * args.minutes
+    expected = took = 1.0  # seconds of overhead: what was estimated of the parts done, and was
     with tempfile.TemporaryDirectory() as folder:
         program = limits.build(Path(folder))
         for number, part in enumerate(chosen):
-            rest = chosen[number:]
-            left = end - time.monotonic() - sum(map(overhead, rest))
-            seconds = left * weight(part) / sum(map(weight, rest))
-            part = replace(part, seconds=max(seconds, 0), program=program)
-            begun = time.monotonic()
+            begun, rest = time.monotonic(), chosen[number:]
+            left = max(end - begun, 0)
+            timing = max(left - took / expected * sum(map(overhead, rest)), left / 3)
+            seconds = timing * weight(part) / sum(map(weight, rest))
+            part = replace(part, seconds=seconds, program=program)
             try:
                 row = measure(part) if args.small else record.in_a_process(measure, part)
             except Exception as error:  # a part that fails, or is killed, does not end the run
@@ -161,6 +167,8 @@ def _run(chosen: Sequence[Part], args: argparse.Namespace, path: Path, command: 
                 said = f"{type(error).__name__}: {error}"
                 print(f"{part.name}: {said}", file=sys.stderr, flush=True)
                 continue
+            expected += overhead(part)
+            took += time.monotonic() - begun - row["timing"]["seconds"]
             row["versions"], row["command"] = record.versions(), command
             record.merge(path, [row], pages.key, pages.order)
             print(f"# {part.name}: {time.monotonic() - begun:.0f} s", flush=True)
