@@ -84,7 +84,7 @@ def work(part: Part) -> float:
 
 def weight(part: Part) -> float:
     """Of the time, relative to the other parts."""
-    share = work(part) ** 0.7 * len(part.candidates)
+    share = float(work(part) ** 0.7) * len(part.candidates)
     return share * (1.6 if part.curve else 2.5 if part.batch == 1 else 1)
 
 

@@ -124,7 +124,7 @@ def _onnx(model: nn.Module, x: Tensor, threads: int) -> Made:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, which is old
-        torch.onnx.export(model, (x,), file, dynamo=False)
+        torch.onnx.export(model, (x,), file, dynamo=False)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3

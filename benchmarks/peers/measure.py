@@ -218,7 +218,8 @@ def schedule(
     As many full blocks as fit, at least two; else fewer calls where one takes a second; else
     without the slowest candidate. hgfast and the fastest other of each group stay.
     """
-    names, too_slow = list(once), {}
+    names = list(once)
+    too_slow: dict[str, str] = {}
     while True:
         total = sum(once[name] for name in names)
         # Short blocks do only where calls are long.

@@ -135,7 +135,8 @@ void measure(const char* name, double (*run)(int64_t), int threads, double secon
     took = std::chrono::duration<double>(Clock::now() - begin).count();
     if (took >= 0.01) rounds = int64_t(rounds * (seconds / kWindows / took) / 2) + 1;
   }
-  for (int w = 0; w < kWindows; ++w) std::printf("%s %.1f\n", name, window(run, threads, rounds) / 1e9);
+  for (int w = 0; w < kWindows; ++w)
+    std::printf("%s %.1f\n", name, window(run, threads, rounds) / 1e9);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ def draw(results: Row, folder: Path) -> list[Path]:
 
 def _usual(rows: Sequence[Row]) -> int:
     """The size that most rows have: 256, but for the tests."""
-    sizes = [row["size"] for row in rows]
+    sizes: list[int] = [row["size"] for row in rows]
     return max(sizes, key=sizes.count)
 
 
