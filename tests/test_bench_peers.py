@@ -258,12 +258,12 @@ def test_another_machines_results_are_refused_at_once(
 
 
 def test_what_is_not_installed_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = replace(engines.ENGINES["OpenVINO"], package="a_package_that_is_nowhere")
     monkeypatch.setitem(engines.ENGINES, "OpenVINO", engine)
     with pytest.raises(SystemExit):
-        peers.main(["--candidates", "eager", "OpenVINO"])
+        peers.main(["--candidates", "eager", "OpenVINO", "--out", str(tmp_path / "x.json")])
     said = capsys.readouterr().err
     assert "not installed: a_package_that_is_nowhere; `make bench-peers` installs them" in said
 
@@ -272,6 +272,8 @@ def test_what_is_not_installed_is_said(
     ("given", "message"),
     [
         (["--small"], "--small needs --out"),
+        (["--candidates", "eager"], "--candidates needs --out"),
+        (["--only", "HG-3"], "--only HG-3: no such part"),
         (["--threads", "0"], "this machine has"),
         (["--threads", "1", "100000"], "this machine has"),
         (["--candidates", "nobody"], "invalid choice"),

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--only", default="", metavar="REGEX", help="parts whose names contain it; see --list")
     add("--missing", action="store_true", help="only parts that the JSON does not have yet")
     add("--list", action="store_true", help="print the names of the parts, measure nothing")
-    add("--candidates", nargs="+", choices=engines.ENGINES, default=[*engines.ENGINES])
+    add("--candidates", nargs="+", choices=engines.ENGINES, help="only these (needs --out)")
     add("--threads", nargs="+", type=int, help="numbers of threads (1, and 2 or all if fewer)")
     add("--small", action="store_true", help="the tests' small networks, in this process")
     add("--out", type=Path, help="the JSON (default: in benchmarks/results, with pages and plots)")
@@ -114,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.small and args.out is None:
         parser.error("--small needs --out: its rows are not those of the tables")
+    if args.candidates and args.out is None:
+        parser.error("--candidates needs --out: the rows of the tables have all of them")
+    args.candidates = args.candidates or [*engines.ENGINES]
     path = args.out or record.default_path("peers")
     given = sys.argv[1:] if arguments is None else list(arguments)
     failed = 0
@@ -121,12 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads = sorted(set(args.threads or [1, min(2, record.cores())]))
         if not 1 <= threads[0] <= threads[-1] <= record.cores():
             parser.error(f"--threads: this machine has {record.cores()} cores")
-        if absent := engines.missing(args.candidates):
-            parser.error(f"not installed: {', '.join(absent)}; `make bench-peers` installs them")
         chosen = _chosen(args, threads, path)
         if args.list:
             print("\n".join(part.name for part in chosen))
             return 0
+        if not chosen and not args.missing:
+            parser.error(f"--only {args.only}: no such part; --list names them")
+        if absent := engines.missing(args.candidates):
+            parser.error(f"not installed: {', '.join(absent)}; `make bench-peers` installs them")
         failed = _run(chosen, args, path, " ".join(["python -m benchmarks.peers", *given]))
     if args.out is None or args.docs:
         pages.write(path)
