@@ -4,6 +4,7 @@
 #   make test PYTEST_ARGS="-k decode -x"     make bench PYTEST_ARGS=...     make lint     make format
 #   make test-peers: against other implementations, which it installs
 #   make models: the table of docs/models.md, half an hour
+#   make bench-peers: against other engines, which it installs into build/peers; half an hour
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,12 +18,13 @@ export HGFAST_EMULATOR ?= 1
 # A stamp is newer than everything that it was made from.
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
+ENGINES := build/peers/installed.stamp
 BUILT := $(VENV)/built.stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py \
           $(shell find cmake csrc tests/emulator -type f -not -path '*/__pycache__/*')
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests benchmarks/peers -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-peers demo bench models gpu resources lint format clean
+.PHONY: build test test-peers demo bench bench-peers models gpu resources lint format clean
 
 build: $(BUILT)
 
@@ -37,6 +39,11 @@ demo: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# A part of it, or the rest of a run that was cut: make bench-peers PEERS_ARGS="--missing"
+PEERS_ARGS ?=
+bench-peers: $(BUILT) $(ENGINES)
+	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
 # A part of it: make models MODELS_ARGS="--networks CPN"
 MODELS_ARGS ?=
@@ -76,6 +83,11 @@ $(INSTALLED): requirements-dev.txt
 
 $(PEERS): requirements-peers.txt $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	touch $@
+
+$(ENGINES): requirements-bench.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r requirements-bench.txt
 	touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE)
