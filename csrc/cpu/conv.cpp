@@ -208,6 +208,21 @@ struct Inside {
   int64_t size() const { return max(0, last - first); }
 };
 
+// A run of values as they are. A call, or a register's part, costs as much as the run of a stem: so
+// in whole registers, of which the last overlaps the one before.
+inline void copy_run(const bf16* x, int64_t count, bf16* y) {
+  const auto move = [&](int64_t i) {
+    const Halves values = load_halves(x + i, Whole{});
+    memcpy(static_cast<void*>(y + i), &values, sizeof values);
+  };
+  if (count < kLanes) {
+    for (int64_t i = 0; i < count; ++i) y[i] = x[i];
+    return;
+  }
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) move(i);
+  if (count % kLanes) move(count - kLanes);
+}
+
 // One output pixel's window of `image`, from (top, left), which may lie outside: zeros there.
 template <class Operand, class E>
 void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top, int64_t left,
@@ -216,15 +231,21 @@ void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top
   const Inside rows(top, p.dilation_h, p.kernel_h, p.height);
   const Inside columns(left, p.dilation_w, p.kernel_w, p.width);
   const int64_t inside = rows.size() * columns.size();
+  // Zeros where nothing will be written, if that is at the end, as within the map.
+  const int64_t written = inside == p.kernel_h * p.kernel_w && tap == p.in ? inside * tap : 0;
   if (inside * p.in != depth.total())
-    memset(static_cast<void*>(a), 0, depth.total() * sizeof(Operand));
+    memset(static_cast<void*>(a + written), 0, (depth.total() - written) * sizeof(Operand));
   if (inside == 0) return;
   const int64_t step = p.dilation_w * p.in;
   for (int64_t y = rows.first; y < rows.last; ++y) {
     const E* x = image + ((top + y * p.dilation_h) * p.width + left) * p.in + columns.first * step;
     Operand* to = a + (y * p.kernel_w + columns.first) * tap;
     if (!p.scale && tap == p.in && step == p.in) {  // neighbours in a as they are in x
-      prologue(x, columns.size() * p.in, nullptr, nullptr, to);
+      if constexpr (is_same<Operand, E> && is_same<E, bf16>) {
+        copy_run(x, columns.size() * p.in, to);
+      } else {
+        prologue(x, columns.size() * p.in, nullptr, nullptr, to);
+      }
     } else {
       for (int64_t j = columns.first; j < columns.last; ++j, x += step, to += tap)
         prologue(x, p.in, p.scale, p.shift, to);

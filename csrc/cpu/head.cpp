@@ -20,7 +20,9 @@ namespace hgfast::cpu::HGFAST_ISA {
 
 namespace {
 
-constexpr int64_t kMostPixels = 128;  // in a task
+// In a task. z and the weights share L2 with what passes through: with 256 channels, on a Cascade
+// Lake core, 64 takes 2 to 8 % less time than 128 or 256.
+constexpr int64_t kMostPixels = 64;
 
 // Pixels per task, evenly, and whole groups of slots.
 int64_t block_of(const HeadParams& p, int threads) {
