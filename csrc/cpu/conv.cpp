@@ -11,7 +11,8 @@
 //   to go through the prologue, or to lie at other distances: then the block's rows of x are, once.
 // - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
-//   window per pixel, against `out` multiply-adds for each of its values.
+//   window per pixel, against `out` multiply-adds for each of its values. To split a float32 in two
+//   costs several times a copy: so where windows overlap the block's rows of x are split before.
 // - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then the pixels of x that a task
 //   needs are copied once, zero-padded, through the prologue.
 //
@@ -112,7 +113,7 @@ struct Geometry {
   int64_t pitch;  // from pixel to pixel of x, as the product reads it
   int64_t block, blocks;     // pixels per task; tasks that share all pixels
   int64_t channels, groups;  // per task; tasks that share all channels
-  int64_t rows = 0;          // of x that a block converts, at most
+  int64_t rows = 0;          // of x that a block converts, or splits, at most
 
   int64_t tasks() const { return blocks * groups; }
   int64_t runs(const Job& p) const { return p.kernel_h * (p.kernel_w / run); }
@@ -156,6 +157,9 @@ struct Geometry {
     g.blocks = ceil_div(g.pixels, g.block);
     if (g.windows == converted) {
       g.rows = Reach::most(p, g.block / p.out_width);
+    } else if (g.windows == gathered && !is_of_maps<Operand> && g.depth.length == p.in) {
+      const int64_t rows = Reach::most(p, (g.block - 2) / p.out_width + 2);
+      if (2 * rows * p.width <= g.block * g.depth.runs) g.rows = rows;
     }
     return g;
   }
@@ -175,6 +179,7 @@ struct Buffers {
   int64_t* at = nullptr;     // (runs, block)
   float* window = nullptr;   // of one pixel, where its taps begin anywhere in a run
   void* rows = nullptr;      // of x where it comes as given, of the element type
+  Operand* split = nullptr;  // rows of x
 
   Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
     if (p.as_given) {
@@ -185,8 +190,10 @@ struct Buffers {
       a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
     if (g.windows == Geometry::gathered)
       a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
-    if (g.windows == Geometry::gathered && !is_of_maps<Operand>)
+    if (g.windows == Geometry::gathered && !is_of_maps<Operand> && g.depth.length != p.in)
       window = scratch.take<float>(g.depth.total());
+    if (g.windows == Geometry::gathered)
+      split = scratch.take<Operand>(g.rows * p.width * g.depth.stride);
     if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
     if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
       zeros = scratch.take<Operand>(g.run * p.in);
@@ -258,12 +265,13 @@ template <class Operand, class E>
 void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels,
             const Buffers<Operand>& buffers) {
   Operand* a = buffers.a;
+  const E* x = static_cast<const E*>(p.x);
   Cursor at(first, p.out_width);    // rows are numbered through the batch,
   Cursor in(at.row, p.out_height);  // here by image
   for (; pixels > 0; --pixels, a += g.depth.total()) {
-    const E* image = static_cast<const E*>(p.x) + in.row * p.height * p.width * p.in;
+    const E* image = x + in.row * p.height * p.width * p.in;
     const int64_t top = in.column * p.stride_h - p.pad_h, left = at.column * p.stride_w - p.pad_w;
-    if (buffers.window && g.depth.length != p.in) {
+    if (buffers.window) {
       gather_window(p, g.depth, image, top, left, buffers.window);
       prologue(buffers.window, g.depth.total(), nullptr, nullptr, a);
     } else {
@@ -366,7 +374,17 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
       g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total();
   for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
   auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
-  if (g.windows == Geometry::gathered) {
+  if (!is_of_maps<Operand> && g.windows == Geometry::gathered && g.rows > 0) {
+    const Reach rows(p, first / p.out_width, (first + pixels - 1) / p.out_width);
+    const E* from = static_cast<const E*>(p.x) + rows.first * p.width * p.in;
+    prologue_pixels(from, max(0, rows.last - rows.first) * p.width, p.in, p.scale, p.shift,
+                    buffers.split);
+    Job split = p;  // the same, of an x that has been through the prologue
+    split.in = g.depth.stride;
+    split.x = buffers.split - rows.first * p.width * split.in;
+    split.scale = split.shift = nullptr;
+    gather<Operand, Operand>(split, g, first, pixels, buffers);
+  } else if (g.windows == Geometry::gathered) {
     gather<Operand, E>(p, g, first, pixels, buffers);
   } else if (dense) {
     segment.a = reinterpret_cast<const Operand*>(x);

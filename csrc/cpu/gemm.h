@@ -179,6 +179,10 @@ struct Epilogue {
   }
 };
 
+// gcc does not see that `total` is read only where it was written.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 // M slots from s0, V registers of channels from n0.
 template <int M, int V, class Finish>
 void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int64_t n0, int64_t n,
@@ -241,6 +245,8 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
     epilogue.finish(sum, s0, n0, Part{static_cast<int>(n - n0 - (V - 1) * kLanes)});
   }
 }
+
+#pragma GCC diagnostic pop
 
 template <class Finish>
 using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t, const Finish&);

@@ -10,7 +10,9 @@ namespace hgfast::cpu::HGFAST_ISA {
 template <class Operand, class E>
 inline void prologue(const E* x, int64_t channels, const float* scale, const float* shift,
                      Operand* y) {
-  if (scale) {
+  if constexpr (!is_of_maps<E>) {  // has been through it
+    memcpy(static_cast<void*>(y), x, channels * sizeof(E));
+  } else if (scale) {
     each(channels, [&](int64_t c, auto lanes) {
       put(y, c, relu(fma(load(x + c, lanes), load(scale + c, lanes), load(shift + c, lanes))),
           lanes);
