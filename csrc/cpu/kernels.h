@@ -5,7 +5,7 @@
 // which range of tasks and lends each thread 64-byte-aligned scratch. One thread's tasks
 // never read what another's write.
 //
-// The same sources are compiled once per instruction set (see CMakeLists.txt), each into a
+// The same sources are compiled once per instruction set (see cmake/kernels.cmake), each into a
 // namespace of its own, and meet again in one table of functions per instruction set.
 //
 // Activations are dense NHWC: (batch, height, width, channels), channels innermost, stored as
