@@ -3,7 +3,9 @@
 #
 #   make test PYTEST_ARGS="-k decode -x"     make bench PYTEST_ARGS=...     make lint     make format
 #   make test-peers: against other implementations, which it installs
+#   make test-arm64: the CPU kernels compiled for ARM64, in an emulator
 #   make models: the table of docs/models.md, half an hour
+#   make bench-peers: against other engines, which it installs into build/peers; half an hour
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,12 +19,14 @@ export HGFAST_EMULATOR ?= 1
 # A stamp is newer than everything that it was made from.
 INSTALLED := $(VENV)/installed.stamp
 PEERS := $(VENV)/peers.stamp
+ENGINES := build/peers/installed.stamp
 BUILT := $(VENV)/built.stamp
 NATIVE := setup.py pyproject.toml CMakeLists.txt hgfast/_version.py \
           $(shell find cmake csrc tests/emulator -type f -not -path '*/__pycache__/*')
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests benchmarks/peers -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test test-peers demo bench models gpu resources lint format clean
+.PHONY: build test test-peers test-arm64 demo bench bench-peers models gpu resources lint format \
+        clean
 
 build: $(BUILT)
 
@@ -32,11 +36,30 @@ test: $(BUILT)
 test-peers: $(BUILT) $(PEERS)
 	$(BIN)/python -m pytest tests/peers $(PYTEST_ARGS)
 
+# Without torch or Python: tests/portable. Debian has the compiler in g++-aarch64-linux-gnu, the
+# emulator in qemu-user-static.
+ARM64_CXX ?= aarch64-linux-gnu-g++
+ARM64_EMULATOR ?= qemu-aarch64-static
+test-arm64: $(INSTALLED)
+	@for tool in $(ARM64_CXX) $(ARM64_EMULATOR); do command -v $$tool > /dev/null || \
+	  { echo "make test-arm64: there is no $$tool; on Debian:" \
+	    "apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }; done
+	$(BIN)/cmake -G Ninja -S tests/portable -B build/arm64 \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=$(ARM64_CXX) \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+	$(BIN)/cmake --build build/arm64
+	$(ARM64_EMULATOR) build/arm64/check portable
+
 demo: $(BUILT)
 	$(BIN)/python -m hgfast demo
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# A part of it, or the rest of a run that was cut: make bench-peers PEERS_ARGS="--missing"
+PEERS_ARGS ?=
+bench-peers: $(BUILT) $(ENGINES)
+	$(BIN)/python -m benchmarks.peers $(PEERS_ARGS)
 
 # A part of it: make models MODELS_ARGS="--networks CPN"
 MODELS_ARGS ?=
@@ -76,6 +99,11 @@ $(INSTALLED): requirements-dev.txt
 
 $(PEERS): requirements-peers.txt $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
+	touch $@
+
+$(ENGINES): requirements-bench.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r requirements-bench.txt
 	touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE)

@@ -5,8 +5,8 @@
 
 17 maps of 64x48 per image, Gaussians with noise. ``torch.amax`` finds each map's maximum and no
 place: what reading the maps costs. mmpose decodes image by image from NumPy arrays, as its own test
-loop does. As in bench_hourglass.py each test is one block of calls of one candidate, and the blocks
-of all candidates alternate. Every candidate's results are checked first.
+loop does. Each test is one block of calls of one candidate; the blocks of all candidates alternate,
+so that a drift of the machine meets them all. Every candidate's results are checked first.
 """
 
 from __future__ import annotations

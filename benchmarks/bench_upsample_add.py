@@ -22,7 +22,7 @@ def test_upsample_add(benchmark: Any, dtype: str, size: int, candidate: str) -> 
     low = random_map(candidate, dtype, 1, 256, size // 2, size // 2)
     skip = random_map(candidate, dtype, 1, 256, size, size)
     if candidate == "hgfast":
-        run = plan_of(dtype, [low, skip], lambda plan, y: plan.upsample_add(0, 1, y))
+        run = plan_of(dtype, [low, skip], lambda plan, y: plan.upsample_add([0], [2], 1, y))
     else:
 
         def run() -> torch.Tensor:

@@ -15,16 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
-import os
-import re
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the networks are those of the
 from field import FIELD, newell, prepared, princeton  # noqa: E402
 
 import hgfast  # noqa: E402
+from benchmarks import record  # noqa: E402
+from benchmarks.record import Row, facts  # noqa: E402
 from hgfast._timing import time_alternately  # noqa: E402
-from hgfast.info import collect  # noqa: E402
 from hgfast.reporting import is_kernel  # noqa: E402
 
 DOCS: Final = ROOT / "docs" / "models.md"
@@ -48,8 +44,6 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 PRECISIONS: Final = ("highest", "high", "medium")
 EAGER: Final = ("eager", "eager channels_last")
 COMPILE: Final = "torch.compile"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -245,49 +239,13 @@ def timed(
 # --- The results ---
 
 
-def machine() -> Row:
-    """What the times are of."""
-    found = collect()
-    names = ("processor", "instruction sets found", "threads", "kernel set used")
-    return {name: found["CPU"][name] for name in names}
-
-
-def versions() -> dict[str, str]:
-    found = collect()["versions"]
-    return {name: found[name] for name in ("hgfast", "torch", "python", "platform")}
-
-
-def default_path() -> Path:
-    """benchmarks/results/models-<cpu>-<n>cores.json, with the compiler's name of the CPU."""
-    name = os.uname().machine
-    try:
-        text = subprocess.run(
-            ["c++", "-march=native", "-Q", "--help=target"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout  # fmt: skip
-        found = re.search(r"-march=\s+(\S+)", text)
-        name = found.group(1) if found else name
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return ROOT / "benchmarks" / "results" / f"models-{name}-{os.cpu_count()}cores.json"
-
-
 def merge(path: Path, rows: Sequence[Row]) -> None:
     """Put rows into the file in place of those of the same network, input and precision.
 
     Raises:
         ValueError: the file is of another machine.
     """
-    here = machine()
-    held = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
-    if held["machine"] != here:
-        raise ValueError(f"{path} is of another machine, {held['machine']}; give another --out")
-    by_key = {_key(row): row for row in [*held["rows"], *rows]}
-    held["rows"] = sorted(by_key.values(), key=_order)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(held, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
+    record.merge(path, rows, _key, _order)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -401,7 +359,6 @@ def _pairs(rows: Sequence[Row], one: str, other: str) -> list[tuple[Row, Row]]:
 def shown(results: Row, name: str) -> str:
     """What stands between the markers of docs/models.md."""
     rows = results["rows"]
-    facts = "; ".join(f"{key}: {value}" for key, value in results["machine"].items())
     used = sorted({f"torch {row['versions']['torch']}" for row in rows})
     spreads = [spread for row in rows for spread in row["timing"]["spread"].values()]
     lines = [
@@ -409,7 +366,7 @@ def shown(results: Row, name: str) -> str:
         "",
         *(f"- {line}." for line in surprises(rows)),
         "",
-        f"Measured on {facts}; {', '.join(used)}. A candidate's rounds differed by "
+        f"Measured on {facts(results)}; {', '.join(used)}. A candidate's rounds differed by "
         f"{100 * statistics.median(spreads) - 100:.0f} % (median), at most by "
         f"{100 * max(spreads) - 100:.0f} %. All numbers: [{name}](../benchmarks/results/{name}).",
     ]
@@ -418,11 +375,8 @@ def shown(results: Row, name: str) -> str:
 
 def write_docs(results: Path, docs: Path = DOCS) -> None:
     """Replace what stands between the markers."""
-    text = docs.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
     made = shown(json.loads(results.read_text()), results.name)
-    docs.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+    record.replace_between(docs, BEGIN, END, made)
 
 
 # --- The command ---
@@ -463,12 +417,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.small and args.out is None:
         parser.error("--small needs --out: its rows are not those of the table")
-    path = args.out or default_path()
+    path = args.out or record.default_path("models")
     failed = 0
     for job in [] if args.docs else jobs(args):
         start = time.perf_counter()
         try:
-            rows = measure(job) if job.small else _in_a_process(job)
+            rows = measure(job) if job.small else record.in_a_process(measure, job)
         except Exception as error:  # a network that fails, or is killed, does not end the run
             failed = 1
             print(f"{job.network}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -476,19 +430,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         command = " ".join(["python -m benchmarks.models", *given])
         for row in rows:
-            row["versions"], row["command"] = versions(), command
+            row["versions"], row["command"] = record.versions(), command
         merge(path, rows)
         print(f"# {job.network}: {time.perf_counter() - start:.0f} s")
         print("\n".join(table(rows)[2:]), flush=True)
     if args.out is None or args.docs:
         write_docs(path)
     return failed
-
-
-def _in_a_process(job: Job) -> list[Row]:
-    """With its own memory, and nothing that another network left in torch.compile's caches."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, job).result()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def measure(
     benchmark.group = group
     with torch.inference_mode():
         benchmark.pedantic(run, rounds=20, iterations=1, warmup_rounds=3)
+    if benchmark.stats is None:  # --benchmark-disable: only whether it runs
+        return
     seconds = benchmark.stats.stats.median
     if flops:
         benchmark.extra_info["GFLOP/s"] = round(flops / seconds / 1e9, 1)

@@ -13,6 +13,8 @@
 #include <optional>
 #include <ostream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "binding.h"
@@ -36,6 +38,11 @@ inline at::ScalarType scalar_type(cpu::Element element) {
   return element == cpu::Element::float32 ? at::kFloat : at::kBFloat16;
 }
 
+// An op has no other say: float32 maps are multiplied as they are.
+inline cpu::Precision precision_of(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat ? cpu::Precision::highest : cpu::Precision::medium;
+}
+
 inline int64_t bytes_of(cpu::Element element) { return element == cpu::Element::float32 ? 4 : 2; }
 
 // The shape of a feature map that the kernels can read.
@@ -52,31 +59,57 @@ inline at::Tensor own_floats(const at::Tensor& tensor) {
   return tensor.detach().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
 }
 
-inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Element element,
-                              const at::Tensor& weight) {
+inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Precision precision,
+                              const at::Tensor& weight, cpu::Method method = cpu::Method::direct) {
   const at::Tensor plain = weight.detach().to(at::kFloat).contiguous();
   const auto out = plain.size(0), in = plain.size(1), height = plain.size(2), width = plain.size(3);
-  const auto bytes = static_cast<int64_t>(kernels.packed_bytes(element, out, in, height, width));
+  const auto bytes =
+      static_cast<int64_t>(kernels.packed_bytes(precision, method, out, in, height, width));
   at::Tensor packed = at::empty({bytes}, at::kByte);
-  kernels.pack(element, out, in, height, width, plain.const_data_ptr<float>(),
+  kernels.pack(precision, method, out, in, height, width, plain.const_data_ptr<float>(),
                packed.mutable_data_ptr());
   return packed;
 }
 
+// The weight of a 3x3 convolution with stride and dilation 1, packed for each method that a shape
+// has asked for.
+class DenseWeight {
+ public:
+  DenseWeight() = default;
+  explicit DenseWeight(const at::Tensor& weight) : plain_(own_floats(weight)) {}
+  explicit operator bool() const { return plain_.defined(); }
+
+  // The method for a map of this size, and the weight for it. Not for two threads at once.
+  std::pair<cpu::Method, const void*> at(const cpu::Kernels& kernels, cpu::Precision precision,
+                                         int64_t height, int64_t width) const {
+    const auto method = kernels.choose(precision, height, width, plain_.size(1), plain_.size(0));
+    at::Tensor& packed = packed_[static_cast<size_t>(method)];
+    if (!packed.defined()) packed = pack_weight(kernels, precision, plain_, method);
+    return {method, packed.const_data_ptr()};
+  }
+
+ private:
+  at::Tensor plain_;
+  mutable std::array<at::Tensor, 3> packed_;  // by method
+};
+
 // A bottleneck's weights, checked and packed; the parameters lack only the maps and their sizes.
 struct BottleneckWeights {
   cpu::BottleneckParams params{};
-  std::array<at::Tensor, 10> owned;
+  const cpu::Kernels& kernels;
+  std::array<at::Tensor, 9> owned;
+  DenseWeight w2;
 
-  BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+  BottleneckWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
                     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
-                    const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
+                    const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& middle_weight,
                     const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                     const std::optional<at::Tensor>& wp, const std::optional<at::Tensor>& bp,
-                    bool relu) {
+                    bool relu)
+      : kernels(kernels) {
     const auto [in, middle, out] =
-        check_bottleneck(where, at::kCPU, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp);
-    params.element = element;
+        check_bottleneck(where, at::kCPU, scale, shift, w1, b1, middle_weight, b2, w3, b3, wp, bp);
+    params.precision = precision;
     params.relu = relu;
     params.in = in;
     params.middle = middle;
@@ -86,7 +119,7 @@ struct BottleneckWeights {
       return (owned[next++] = own_floats(tensor)).const_data_ptr<float>();
     };
     const auto packed = [&](const at::Tensor& tensor) {
-      return (owned[next++] = pack_weight(kernels, element, tensor)).const_data_ptr();
+      return (owned[next++] = pack_weight(kernels, precision, tensor)).const_data_ptr();
     };
     if (scale) {
       params.scale = floats(*scale);
@@ -94,7 +127,7 @@ struct BottleneckWeights {
     }
     params.w1 = packed(w1);
     params.b1 = floats(b1);
-    params.w2 = packed(w2);
+    w2 = DenseWeight(middle_weight);
     params.b2 = floats(b2);
     params.w3 = packed(w3);
     params.b3 = floats(b3);
@@ -104,14 +137,20 @@ struct BottleneckWeights {
     }
   }
 
-  // The parameters for an input of this shape.
-  cpu::BottleneckParams at(const std::string& where, const Shape& x) const {
+  // The parameters for an input of this shape, of which the block sees the 2x2 maximum if `pool`.
+  cpu::BottleneckParams at(const std::string& where, const Shape& x, bool pool = false) const {
     TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
                       " channels, as w1 has, given ", x);
+    TORCH_CHECK_VALUE(!pool || (x.height > 1 && x.width > 1), where,
+                      ": expected x to be at least as large as the window of 2x2, given ", x);
     cpu::BottleneckParams p = params;
+    p.pool = pool;
     p.batch = x.batch;
-    p.height = x.height;
-    p.width = x.width;
+    p.x_height = x.height;
+    p.x_width = x.width;
+    p.height = pool ? x.height / 2 : x.height;
+    p.width = pool ? x.width / 2 : x.width;
+    std::tie(p.method, p.w2) = w2.at(kernels, p.precision, p.height, p.width);
     return p;
   }
 };
@@ -119,15 +158,18 @@ struct BottleneckWeights {
 // A convolution's weights, likewise.
 struct ConvWeights {
   cpu::ConvParams params{};
+  const cpu::Kernels& kernels;
   std::array<at::Tensor, 4> owned;
+  DenseWeight dense;
 
-  ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
+  ConvWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu,
-              bool relu_sum) {
+              bool relu_sum)
+      : kernels(kernels) {
     check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding, dilation);
-    params.element = element;
+    params.precision = precision;
     params.out = weight.size(0);
     params.in = weight.size(1);
     params.kernel_h = weight.size(2);
@@ -140,9 +182,14 @@ struct ConvWeights {
     params.dilation_w = dilation[1];
     params.relu = relu;
     params.relu_sum = relu_sum;
-    owned[0] = pack_weight(kernels, element, weight);
+    const auto all = [](at::IntArrayRef pair, int64_t n) { return pair[0] == n && pair[1] == n; };
+    if (all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1)) {
+      dense = DenseWeight(weight);
+    } else {
+      owned[0] = pack_weight(kernels, precision, weight);
+      params.weight = owned[0].const_data_ptr();
+    }
     owned[1] = own_floats(bias);
-    params.weight = owned[0].const_data_ptr();
     params.bias = owned[1].const_data_ptr<float>();
     if (scale) {
       owned[2] = own_floats(*scale);
@@ -159,6 +206,55 @@ struct ConvWeights {
     p.batch = x.batch;
     p.height = x.height;
     p.width = x.width;
+    if (dense)
+      std::tie(p.method, p.weight) =
+          dense.at(kernels, p.precision, x.height + 2 * p.pad_h - 2, x.width + 2 * p.pad_w - 2);
+    return p;
+  }
+};
+
+// A head's weights, likewise; without those of the heatmaps, or of the way on, there is none.
+struct HeadWeights {
+  cpu::HeadParams params{};
+  std::array<at::Tensor, 6> owned;
+
+  HeadWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Precision precision,
+              const at::Tensor& w1, const at::Tensor& b1, const std::optional<at::Tensor>& w_maps,
+              const std::optional<at::Tensor>& b_maps, const std::optional<at::Tensor>& w_next,
+              const std::optional<at::Tensor>& b_next) {
+    TORCH_CHECK_VALUE(w_maps || w_next, where, ": expected w_maps, w_next or both, given neither");
+    params.precision = precision;
+    size_t next = 0;
+    const auto pack = [&](const char* name, const at::Tensor& weight, const at::Tensor& bias,
+                          const void*& packed, const float*& floats) {
+      check_conv(where, at::kCPU, weight, bias, std::nullopt, std::nullopt, {1, 1}, {0, 0}, {1, 1});
+      TORCH_CHECK_VALUE(weight.size(2) == 1 && weight.size(3) == 1, where, ": expected ", name,
+                        " of a 1x1 convolution, given the shape ", weight.sizes());
+      packed = (owned[next++] = pack_weight(kernels, precision, weight)).const_data_ptr();
+      floats = (owned[next++] = own_floats(bias)).const_data_ptr<float>();
+    };
+    pack("w1", w1, b1, params.w1, params.b1);
+    params.in = w1.size(1);
+    params.middle = w1.size(0);
+    const auto behind = [&](const char* name, const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, const void*& packed,
+                            const float*& floats) -> int64_t {
+      if (!weight) return 0;
+      TORCH_CHECK_VALUE(bias, where, ": expected a bias with ", name);
+      pack(name, *weight, *bias, packed, floats);
+      TORCH_CHECK_VALUE(weight->size(1) == params.middle, where, ": expected ", name, " to read ",
+                        params.middle, " channels, as w1 gives, given ", weight->size(1));
+      return weight->size(0);
+    };
+    params.joints = behind("w_maps", w_maps, b_maps, params.w_maps, params.b_maps);
+    params.out = behind("w_next", w_next, b_next, params.w_next, params.b_next);
+  }
+
+  cpu::HeadParams at(const std::string& where, const Shape& x) const {
+    check_conv_input(where, x, params.in, {1, 1}, {0, 0}, {1, 1});
+    cpu::HeadParams p = params;
+    p.batch = x.batch;
+    p.pixels = x.height * x.width;
     return p;
   }
 };
@@ -170,13 +266,13 @@ struct ConvTransposeWeights {
   std::array<int64_t, 2> output_padding;
   std::array<at::Tensor, 2> owned;
 
-  ConvTransposeWeights(const std::string& where, const cpu::Kernels& kernels, cpu::Element element,
-                       const at::Tensor& weight, const at::Tensor& bias, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef output_padding, bool relu,
-                       bool relu_sum)
+  ConvTransposeWeights(const std::string& where, const cpu::Kernels& kernels,
+                       cpu::Precision precision, const at::Tensor& weight, const at::Tensor& bias,
+                       at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef output_padding, bool relu, bool relu_sum)
       : output_padding{output_padding[0], output_padding[1]} {
     check_conv_transpose(where, at::kCPU, weight, bias, stride, padding, output_padding);
-    params.element = element;
+    params.precision = precision;
     params.in = weight.size(0);
     params.out = weight.size(1);
     params.kernel_h = weight.size(2);
@@ -190,7 +286,7 @@ struct ConvTransposeWeights {
     std::vector<at::Tensor> phases;
     for (int64_t i = 0; i < std::min(stride[0], params.kernel_h); ++i)
       for (int64_t j = 0; j < std::min(stride[1], params.kernel_w); ++j)
-        phases.push_back(pack_weight(kernels, element,
+        phases.push_back(pack_weight(kernels, precision,
                                      weight.detach()
                                          .slice(2, i, std::nullopt, stride[0])
                                          .slice(3, j, std::nullopt, stride[1])

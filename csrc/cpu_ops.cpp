@@ -40,7 +40,7 @@ Tensor bottleneck(const Tensor& x, const OptionalTensor& scale, const OptionalTe
   const char* where = "hgfast::bottleneck";
   const auto& kernels = cpu::kernels();
   const Shape shape = map_shape(where, "x", x);
-  const BottleneckWeights weights(where, kernels, element_of(x), scale, shift, w1, b1, w2, b2, w3,
+  const BottleneckWeights weights(where, kernels, precision_of(x), scale, shift, w1, b1, w2, b2, w3,
                                   b3, wp, bp, relu);
   auto p = weights.at(where, shape);
   const Shape result = result_of(p);
@@ -67,7 +67,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   const char* where = "hgfast::conv";
   const auto& kernels = cpu::kernels();
   const Shape shape = map_shape(where, "x", x);
-  const ConvWeights weights(where, kernels, element_of(x), weight, bias, scale, shift, stride,
+  const ConvWeights weights(where, kernels, precision_of(x), weight, bias, scale, shift, stride,
                             padding, dilation, relu, relu_sum);
   auto p = weights.at(where, shape);
   const Shape result = result_of(p);

@@ -11,6 +11,10 @@ namespace {
 
 constexpr size_t kLayouts = 8;  // shapes remembered per plan
 
+// Convolutions of fewer channels read an input as it is given: it has no more values than their
+// result has, and they copy the rows they read in any case.
+constexpr int64_t kFewChannels = 16;
+
 cpu::Element element_named(const std::string& name) {
   TORCH_CHECK_VALUE(name == "float32" || name == "bfloat16",
                     "CpuPlan: expected the element \"float32\" or \"bfloat16\", given \"", name,
@@ -50,10 +54,22 @@ std::array<int64_t, 2> both(const CpuPlan::Pair& pair) { return {pair.first, pai
 
 // ---- recording ----
 
-CpuPlan::CpuPlan(const std::string& element, std::shared_ptr<Arena> arena)
+CpuPlan::CpuPlan(const std::string& element, std::shared_ptr<Arena> arena, bool high)
     : kernels_(cpu::kernels()),
       element_(element_named(element)),
-      arena_(arena ? std::move(arena) : std::make_shared<Arena>()) {}
+      precision_(element_ == cpu::Element::bfloat16 ? cpu::Precision::medium
+                 : high                             ? cpu::Precision::high
+                                                    : cpu::Precision::highest),
+      arena_(arena ? std::move(arena) : std::make_shared<Arena>()) {
+  TORCH_CHECK_VALUE(!high || element_ == cpu::Element::float32,
+                    "CpuPlan: expected the element \"float32\" where high is asked for, given \"",
+                    element, "\"");
+}
+
+std::string CpuPlan::products() const {
+  if (precision_ == cpu::Precision::high) return kernels_.high;
+  return element_ == cpu::Element::float32 ? "float32" : "bfloat16";
+}
 
 std::string CpuPlan::where(const char* op) const {
   return "step " + std::to_string(steps_.size()) + " (" + op + ")";
@@ -68,30 +84,41 @@ CpuPlan::Slot CpuPlan::value(Id id) {
   return entry->second;
 }
 
-void CpuPlan::record(const char* op, std::vector<Slot> reads, Id output,
+void CpuPlan::record(const char* op, std::vector<Slot> reads, const std::vector<Id>& outputs,
                      std::function<Launch(const std::vector<Shape>&, int threads)> launch) {
   TORCH_CHECK(!finished_, where(op), ": the plan is finished and takes no more steps");
-  const Slot write = value(output);
-  TORCH_CHECK_VALUE(defined_by_[write] < 0, where(op), ": value ", output,
-                    " is already the output of step ", defined_by_[write]);
-  const auto uses = [&](const std::vector<Slot>& slots) {
-    return std::find(slots.begin(), slots.end(), write) != slots.end();
-  };
-  TORCH_CHECK_VALUE(!uses(reads), where(op), ": value ", output, " is both input and output");
-  for (const Step& step : steps_)
-    TORCH_CHECK_VALUE(!uses(step.reads), where(op), ": its output, value ", output,
-                      ", is used before, by ", step.where);
-  defined_by_[write] = static_cast<int64_t>(steps_.size());
-  steps_.push_back({op, where(op), std::move(reads), write, std::move(launch)});
+  std::vector<Slot> writes;
+  for (const Id output : outputs) {
+    const Slot write = value(output);
+    TORCH_CHECK_VALUE(defined_by_[write] < 0, where(op), ": value ", output,
+                      " is already the output of step ", defined_by_[write]);
+    const auto uses = [&](const std::vector<Slot>& slots) {
+      return std::find(slots.begin(), slots.end(), write) != slots.end();
+    };
+    TORCH_CHECK_VALUE(!uses(reads), where(op), ": value ", output, " is both input and output");
+    TORCH_CHECK_VALUE(!uses(writes), where(op), ": value ", output, " is its output twice");
+    for (const Step& step : steps_)
+      TORCH_CHECK_VALUE(!uses(step.reads), where(op), ": its output, value ", output,
+                        ", is used before, by ", step.where);
+    writes.push_back(write);
+  }
+  for (const Slot write : writes) defined_by_[write] = static_cast<int64_t>(steps_.size());
+  Step step;
+  step.op = op;
+  step.where = where(op);
+  step.reads = std::move(reads);
+  step.writes = std::move(writes);
+  step.launch = std::move(launch);
+  steps_.push_back(std::move(step));
 }
 
 // A kernel call: `bind` fills in the pointers of one run.
 template <class Launch, class Params, class Plan, class Kernel, class Bind>
-static Launch make_launch(const Shape& result, const Params& params, int threads, Plan plan,
-                          Kernel kernel, Bind bind) {
+static Launch make_launch(const std::vector<Shape>& results, const Params& params, int threads,
+                          Plan plan, Kernel kernel, Bind bind) {
   Launch launch;
-  launch.result = result;
-  if (result.count() > 0) launch.work = plan(params, threads);
+  launch.results = results;
+  if (results.front().count() > 0) launch.work = plan(params, threads);
   launch.run = [=](void* const* slots, int64_t begin, int64_t end, void* scratch) {
     Params p = params;
     bind(p, slots);
@@ -104,22 +131,22 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
                          const OptionalTensor& shift, const at::Tensor& w1, const at::Tensor& b1,
                          const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
                          const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
-                         std::optional<Id> low, bool relu) {
+                         std::optional<Id> low, bool relu, bool pool) {
   const char* op = "bottleneck";
   const std::string place = where(op);
   const auto weights = std::make_shared<const BottleneckWeights>(
-      place, kernels_, element_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
+      place, kernels_, precision_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
   const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
   std::vector<Slot> reads = {x};
   if (low) reads.push_back(half);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
-    auto p = weights->at(place, shapes[x]);
+  record(op, reads, {output}, [=](const std::vector<Shape>& shapes, int threads) {
+    auto p = weights->at(place, shapes[x], pool);
     const Shape result = result_of(p);
     if (half >= 0) check_shape(place, "low", shapes[half], half_of(place, result));
     p.x = p.y = some_map;
     p.low = half >= 0 ? some_map : nullptr;
-    return make_launch<Launch>(result, p, threads, kernels->plan_bottleneck, kernels->bottleneck,
+    return make_launch<Launch>({result}, p, threads, kernels->plan_bottleneck, kernels->bottleneck,
                                [weights, x, y, half](auto& params, void* const* slots) {
                                  params.x = slots[x];
                                  params.y = slots[y];
@@ -134,25 +161,40 @@ void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tens
   const char* op = "conv";
   const std::string place = where(op);
   const auto weights = std::make_shared<const ConvWeights>(
-      place, kernels_, element_, weight, bias, scale, shift, both(stride), both(padding),
+      place, kernels_, precision_, weight, bias, scale, shift, both(stride), both(padding),
       both(dilation), relu, relu_sum);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+  const auto launch = [=](const std::vector<Shape>& shapes, int threads, const Given* given) {
     auto p = weights->at(place, shapes[x]);
     const Shape result = result_of(p);
     if (other >= 0) check_shape(place, "add", shapes[other], result);
     p.x = p.y = some_map;
     p.add = other >= 0 ? some_map : nullptr;
-    return make_launch<Launch>(result, p, threads, kernels->plan_conv, kernels->conv,
-                               [weights, x, y, other](auto& params, void* const* slots) {
-                                 params.x = slots[x];
+    if (given) {
+      p.as_given = true;
+      p.x_element = given->element;
+      p.x_strides = given->strides;
+    }
+    const Slot from = given ? given->slot : x;
+    return make_launch<Launch>({result}, p, threads, kernels->plan_conv, kernels->conv,
+                               [weights, from, y, other](auto& params, void* const* slots) {
+                                 params.x = slots[from];
                                  params.y = slots[y];
                                  if (other >= 0) params.add = slots[other];
                                });
+  };
+  record(op, reads, {output}, [=](const std::vector<Shape>& shapes, int threads) {
+    return launch(shapes, threads, nullptr);
   });
+  if (weights->params.in < kFewChannels) {
+    steps_.back().launch_given = [=](const std::vector<Shape>& shapes, int threads,
+                                     const Given& given) {
+      return launch(shapes, threads, &given);
+    };
+  }
 }
 
 void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
@@ -161,19 +203,19 @@ void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, cons
   const char* op = "conv_transpose";
   const std::string place = where(op);
   const auto weights = std::make_shared<const ConvTransposeWeights>(
-      place, kernels_, element_, weight, bias, both(stride), both(padding), both(output_padding),
+      place, kernels_, precision_, weight, bias, both(stride), both(padding), both(output_padding),
       relu, relu_sum);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+  record(op, reads, {output}, [=](const std::vector<Shape>& shapes, int threads) {
     auto p = weights->at(place, shapes[x]);
     const Shape result = result_of(p);
     if (other >= 0) check_shape(place, "add", shapes[other], result);
     p.x = p.y = some_map;
     p.add = other >= 0 ? some_map : nullptr;
-    return make_launch<Launch>(result, p, threads, kernels->plan_conv_transpose,
+    return make_launch<Launch>({result}, p, threads, kernels->plan_conv_transpose,
                                kernels->conv_transpose,
                                [weights, x, y, other](auto& params, void* const* slots) {
                                  params.x = slots[x];
@@ -181,6 +223,64 @@ void CpuPlan::conv_transpose(Id input, Id output, const at::Tensor& weight, cons
                                  if (other >= 0) params.add = slots[other];
                                });
   });
+}
+
+void CpuPlan::head(Id input, std::optional<Id> heatmaps, std::optional<Id> next,
+                   const at::Tensor& w1, const at::Tensor& b1, const OptionalTensor& w_maps,
+                   const OptionalTensor& b_maps, const OptionalTensor& w_next,
+                   const OptionalTensor& b_next, std::optional<Id> add) {
+  const char* op = "head";
+  const std::string place = where(op);
+  const auto weights = std::make_shared<const HeadWeights>(place, kernels_, precision_, w1, b1,
+                                                           w_maps, b_maps, w_next, b_next);
+  TORCH_CHECK_VALUE(heatmaps.has_value() == w_maps.has_value() &&
+                        next.has_value() == w_next.has_value() && (next || !add),
+                    place,
+                    ": expected an output where there are weights, and only with that of "
+                    "w_next something to add");
+  const Slot x = value(input), maps = heatmaps ? value(*heatmaps) : -1;
+  const Slot y = next ? value(*next) : -1, other = add ? value(*add) : -1;
+  std::vector<Slot> reads = {x};
+  if (add) reads.push_back(other);
+  std::vector<Id> outputs;
+  if (heatmaps) outputs.push_back(*heatmaps);
+  if (next) outputs.push_back(*next);
+  const auto* kernels = &kernels_;
+  const auto launch = [=](const std::vector<Shape>& shapes, int threads, const Given* wanted) {
+    auto p = weights->at(place, shapes[x]);
+    std::vector<Shape> results;
+    for (const int64_t channels : {p.joints, p.out}) {
+      if (channels == 0) continue;
+      results.push_back(shapes[x]);
+      results.back().channels = channels;
+    }
+    if (other >= 0) check_shape(place, "add", shapes[other], results.back());
+    p.x = some_map;
+    p.add = other >= 0 ? some_map : nullptr;
+    p.heatmaps = p.next = some_map;
+    if (wanted) {
+      p.as_wanted = true;
+      p.maps_element = wanted->element;
+      p.maps_strides = wanted->strides;
+    }
+    const Slot to = wanted ? wanted->slot : maps;
+    return make_launch<Launch>(results, p, threads, kernels->plan_head, kernels->head,
+                               [weights, x, to, y, other](auto& params, void* const* slots) {
+                                 params.x = slots[x];
+                                 if (other >= 0) params.add = slots[other];
+                                 if (to >= 0) params.heatmaps = slots[to];
+                                 if (y >= 0) params.next = slots[y];
+                               });
+  };
+  record(op, reads, outputs, [=](const std::vector<Shape>& shapes, int threads) {
+    return launch(shapes, threads, nullptr);
+  });
+  if (heatmaps) {
+    steps_.back().launch_wanted = [=](const std::vector<Shape>& shapes, int threads,
+                                      const Given& wanted) {
+      return launch(shapes, threads, &wanted);
+    };
+  }
 }
 
 void CpuPlan::pool(Id input, Id output, const std::string& mode, Pair kernel, Pair stride,
@@ -191,10 +291,10 @@ void CpuPlan::pool(Id input, Id output, const std::string& mode, Pair kernel, Pa
                               ceil_mode, count_include_pad);
   const Slot x = value(input), y = value(output);
   const auto* kernels = &kernels_;
-  record(op, {x}, output, [=](const std::vector<Shape>& shapes, int threads) {
+  record(op, {x}, {output}, [=](const std::vector<Shape>& shapes, int threads) {
     auto p = settings.at(place, shapes[x]);
     p.x = p.y = some_map;
-    return make_launch<Launch>(result_of(p), p, threads, kernels->plan_pool, kernels->pool,
+    return make_launch<Launch>({result_of(p)}, p, threads, kernels->plan_pool, kernels->pool,
                                [x, y](auto& params, void* const* slots) {
                                  params.x = slots[x];
                                  params.y = slots[y];
@@ -214,28 +314,29 @@ void CpuPlan::concat(const std::vector<Id>& inputs, Id output, std::optional<Id>
   std::vector<Slot> reads = maps;
   if (add) reads.push_back(other);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=, element = element_](const std::vector<Shape>& shapes, int threads) {
-    Shape result = shapes[maps[0]];
-    result.channels = 0;
-    cpu::ConcatParams p{};
-    p.element = element;
-    p.pixels = result.batch * result.height * result.width;
-    for (const Slot map : maps) {
-      Shape expected = result;
-      p.channels[p.maps] = expected.channels = shapes[map].channels;
-      check_shape(place, c10::str("input ", p.maps).c_str(), shapes[map], expected);
-      ++p.maps;
-      result.channels += expected.channels;
-    }
-    if (other >= 0) check_shape(place, "add", shapes[other], result);
-    return make_launch<Launch>(result, p, threads, kernels->plan_concat, kernels->concat,
-                               [maps, y, other](auto& params, void* const* slots) {
-                                 for (size_t i = 0; i < maps.size(); ++i)
-                                   params.x[i] = slots[maps[i]];
-                                 params.y = slots[y];
-                                 if (other >= 0) params.add = slots[other];
-                               });
-  });
+  record(op, reads, {output},
+         [=, element = element_](const std::vector<Shape>& shapes, int threads) {
+           Shape result = shapes[maps[0]];
+           result.channels = 0;
+           cpu::ConcatParams p{};
+           p.element = element;
+           p.pixels = result.batch * result.height * result.width;
+           for (const Slot map : maps) {
+             Shape expected = result;
+             p.channels[p.maps] = expected.channels = shapes[map].channels;
+             check_shape(place, c10::str("input ", p.maps).c_str(), shapes[map], expected);
+             ++p.maps;
+             result.channels += expected.channels;
+           }
+           if (other >= 0) check_shape(place, "add", shapes[other], result);
+           return make_launch<Launch>({result}, p, threads, kernels->plan_concat, kernels->concat,
+                                      [maps, y, other](auto& params, void* const* slots) {
+                                        for (size_t i = 0; i < maps.size(); ++i)
+                                          params.x[i] = slots[maps[i]];
+                                        params.y = slots[y];
+                                        if (other >= 0) params.add = slots[other];
+                                      });
+         });
 }
 
 void CpuPlan::upsample_add(const std::vector<Id>& lows, const std::vector<int64_t>& factors,
@@ -262,7 +363,7 @@ void CpuPlan::upsample_add(const std::vector<Id>& lows, const std::vector<int64_
   std::vector<Slot> reads = maps;
   reads.push_back(full);
   const auto* kernels = &kernels_;
-  record(op, reads, output, [=](const std::vector<Shape>& shapes, int threads) {
+  record(op, reads, {output}, [=](const std::vector<Shape>& shapes, int threads) {
     const Shape& result = shapes[full];
     cpu::UpsampleAddParams p = settings;
     for (int i = 0; i < p.maps; ++i)
@@ -271,7 +372,7 @@ void CpuPlan::upsample_add(const std::vector<Id>& lows, const std::vector<int64_
     p.height = result.height;
     p.width = result.width;
     p.channels = result.channels;
-    return make_launch<Launch>(result, p, threads, kernels->plan_upsample_add,
+    return make_launch<Launch>({result}, p, threads, kernels->plan_upsample_add,
                                kernels->upsample_add,
                                [maps, full, y](auto& params, void* const* slots) {
                                  for (size_t i = 0; i < maps.size(); ++i)
@@ -287,12 +388,12 @@ void CpuPlan::add(Id a, Id b, Id output, bool relu) {
   const std::string place = where(op);
   const Slot left = value(a), right = value(b), y = value(output);
   const auto* kernels = &kernels_;
-  record(op, {left, right}, output,
+  record(op, {left, right}, {output},
          [=, element = element_](const std::vector<Shape>& shapes, int threads) {
            const Shape& result = shapes[left];
            check_shape(place, "b", shapes[right], result);
            const cpu::AddParams p{element, relu, result.count(), some_map, some_map, some_map};
-           return make_launch<Launch>(result, p, threads, kernels->plan_add, kernels->add,
+           return make_launch<Launch>({result}, p, threads, kernels->plan_add, kernels->add,
                                       [left, right, y](auto& params, void* const* slots) {
                                         params.a = slots[left];
                                         params.b = slots[right];
@@ -383,29 +484,36 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
                             const Shape& s) {
     const cpu::RelayoutParams params{from_element, to_element,   s.batch,    s.channels, s.height,
                                      s.width,      from_strides, to_strides, nullptr,    nullptr};
-    Launch launch = make_launch<Launch>(s, params, layout->threads, kernels_.plan_relayout,
+    Launch launch = make_launch<Launch>({s}, params, layout->threads, kernels_.plan_relayout,
                                         kernels_.relayout, [from, to](auto& p, void* const* slots) {
                                           p.x = slots[from];
                                           p.y = slots[to];
                                         });
     launch.reads = {from};
-    launch.write = to;
+    launch.writes = {to};
     launches.push_back(std::move(launch));
   };
 
+  std::unordered_map<Slot, Given> given;  // values that nobody lays out: their readers do
   for (size_t i = 0; i < inputs.size(); ++i) {
     const at::Tensor& input = inputs[i];
     const Slot slot = inputs_[i];
     shapes[slot] = map_shape("CpuPlan", ("input " + std::to_string(i)).c_str(), input);
     layout->direct.push_back(is_dense_nhwc(input, element_));
-    const bool used = std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
-      return std::find(step.reads.begin(), step.reads.end(), slot) != step.reads.end();
+    const bool laid_out = std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
+      const auto reads = std::count(step.reads.begin(), step.reads.end(), slot);
+      return reads > (step.launch_given && step.reads[0] == slot ? 1 : 0);
     });
-    if (layout->direct.back() || !used) continue;
-    const auto strides = input.strides();
-    add_copy(values + static_cast<Slot>(i), element_of(input),
-             {strides[0], strides[1], strides[2], strides[3]}, slot, element_, nhwc(shapes[slot]),
-             shapes[slot]);
+    if (layout->direct.back()) continue;  // cheaper than to copy rows of it once more
+    const auto s = input.strides();
+    const Given as_it_is{
+        values + static_cast<Slot>(i), element_of(input), {s[0], s[1], s[2], s[3]}};
+    if (!laid_out) {
+      given.emplace(slot, as_it_is);
+    } else {
+      add_copy(as_it_is.slot, as_it_is.element, as_it_is.strides, slot, element_,
+               nhwc(shapes[slot]), shapes[slot]);
+    }
   }
 
   const at::Tensor& first = inputs.front();
@@ -415,19 +523,41 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     const auto found = std::find(distinct_outputs_.begin(), distinct_outputs_.end(), slot);
     return found == distinct_outputs_.end() ? -1 : found - distinct_outputs_.begin();
   };
+  const auto is_read = [&](Slot slot) {
+    return std::any_of(steps_.begin(), steps_.end(), [&](const Step& step) {
+      return std::find(step.reads.begin(), step.reads.end(), slot) != step.reads.end();
+    });
+  };
   for (const Step& step : steps_) {
-    Launch launch = step.launch(shapes, layout->threads);
+    const auto as_given = given.find(step.reads[0]);
+    Launch launch = as_given == given.end()
+                        ? step.launch(shapes, layout->threads)
+                        : step.launch_given(shapes, layout->threads, as_given->second);
+    for (size_t i = 0; i < step.writes.size(); ++i) shapes[step.writes[i]] = launch.results[i];
+    const auto wanted = [&](Slot slot) -> std::optional<Given> {
+      const int64_t index = export_of(slot);
+      if (index < 0 || !(to_nchw || to != element_)) return std::nullopt;
+      return Given{values + static_cast<Slot>(inputs.size()) + index, to,
+                   to_nchw ? nchw(shapes[slot]) : nhwc(shapes[slot])};
+    };
+    launch.writes = step.writes;
+    if (step.launch_wanted && !is_read(step.writes[0])) {
+      if (const auto output = wanted(step.writes[0])) {
+        launch = step.launch_wanted(shapes, layout->threads, *output);
+        launch.writes.assign(step.writes.begin() + 1, step.writes.end());
+      }
+    }
     launch.op = step.op;
     launch.reads = step.reads;
-    launch.write = step.write;
-    const Shape shape = shapes[step.write] = launch.result;
+    const std::vector<Slot> written = launch.writes;
     launches.push_back(std::move(launch));
     layout->last_op = step.op;
     // An output leaves as soon as it is there, while it is in the cache.
-    const int64_t index = export_of(step.write);
-    if (index >= 0 && (to_nchw || to != element_))
-      add_copy(step.write, element_, nhwc(shape), values + static_cast<Slot>(inputs.size()) + index,
-               to, to_nchw ? nchw(shape) : nhwc(shape), shape);
+    for (const Slot slot : written) {
+      if (const auto output = wanted(slot))
+        add_copy(slot, element_, nhwc(shapes[slot]), output->slot, output->element, output->strides,
+                 shapes[slot]);
+    }
   }
   for (const Slot slot : distinct_outputs_)
     layout->outputs.push_back(
@@ -464,8 +594,8 @@ void CpuPlan::place(Layout& layout, const std::vector<Shape>& shapes, int64_t el
   layout.offsets.assign(values, -1);
   int64_t top = 0;
   for (size_t i = 0; i < layout.launches.size(); ++i) {
-    const Slot slot = layout.launches[i].write;
-    if (slot < values && !elsewhere[slot]) {
+    for (const Slot slot : layout.launches[i].writes) {
+      if (slot >= values || elsewhere[slot]) continue;
       const auto bytes =
           static_cast<int64_t>(aligned(static_cast<size_t>(shapes[slot].count() * element_bytes)));
       int64_t begin = 0;

@@ -49,21 +49,26 @@ class CpuPlan {
   using Pair = std::pair<int64_t, int64_t>;
   using OptionalTensor = std::optional<at::Tensor>;
 
-  // "float32" or "bfloat16"; without an arena, one of its own.
-  explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr);
+  // "float32" or "bfloat16", what activations are kept in; without an arena, one of its own. Of
+  // float32 activations products are formed as Precision::highest has them, or `high`.
+  explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr,
+                   bool high = false);
 
   // Formulas in cpu/kernels.h; settings as torch.nn.functional has them.
   void bottleneck(Id input, Id output, const OptionalTensor& scale, const OptionalTensor& shift,
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                   const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
-                  bool relu);
+                  bool relu, bool pool);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
             const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
             Pair dilation, bool relu, std::optional<Id> add, bool relu_sum);
   void conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
                       Pair stride, Pair padding, Pair output_padding, bool relu,
                       std::optional<Id> add, bool relu_sum);
+  void head(Id input, std::optional<Id> heatmaps, std::optional<Id> next, const at::Tensor& w1,
+            const at::Tensor& b1, const OptionalTensor& w_maps, const OptionalTensor& b_maps,
+            const OptionalTensor& w_next, const OptionalTensor& b_next, std::optional<Id> add);
   void pool(Id input, Id output, const std::string& mode, Pair kernel, Pair stride, Pair padding,
             bool ceil_mode, bool count_include_pad);
   void concat(const std::vector<Id>& inputs, Id output, std::optional<Id> add);
@@ -79,6 +84,7 @@ class CpuPlan {
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
 
   std::string path() const { return kernels_.name; }
+  std::string products() const;  // what is multiplied: "float32", "winograd", "bf16x3", "bfloat16"
 
  private:
   using Slot = int64_t;  // a place in the run's table of pointers: values, inputs, outputs
@@ -88,20 +94,29 @@ class CpuPlan {
   // One kernel call of a layout: everything but the pointers is settled.
   struct Launch {
     cpu::Work work{};
-    Shape result{};
+    std::vector<Shape> results;
     Run run;
     const char* op = nullptr;  // null: a copy in or out
-    std::vector<Slot> reads;
-    Slot write = -1;
+    std::vector<Slot> reads, writes;
+  };
+
+  // An input or output as the caller keeps it.
+  struct Given {
+    Slot slot;
+    cpu::Element element;
+    cpu::Strides strides;
   };
 
   struct Step {
     const char* op;
     std::string where;  // "step 3 (conv)", for errors
-    std::vector<Slot> reads;
-    Slot write;
+    std::vector<Slot> reads, writes;
     // Checks the shapes of all values so far, and settles the kernel call for them.
     std::function<Launch(const std::vector<Shape>&, int threads)> launch;
+    // The same where the first map it reads is an input as given; null: not for this step.
+    std::function<Launch(const std::vector<Shape>&, int threads, const Given&)> launch_given;
+    // The same where the first map it writes is an output, and nobody reads it; likewise.
+    std::function<Launch(const std::vector<Shape>&, int threads, const Given&)> launch_wanted;
   };
 
   struct Output {
@@ -126,7 +141,7 @@ class CpuPlan {
 
   std::string where(const char* op) const;
   Slot value(Id id);
-  void record(const char* op, std::vector<Slot> reads, Id output,
+  void record(const char* op, std::vector<Slot> reads, const std::vector<Id>& outputs,
               std::function<Launch(const std::vector<Shape>&, int threads)> launch);
 
   std::shared_ptr<const Layout> layout_for(const std::vector<at::Tensor>& inputs) const;
@@ -137,6 +152,7 @@ class CpuPlan {
 
   const cpu::Kernels& kernels_;
   const cpu::Element element_;
+  const cpu::Precision precision_;
   bool finished_ = false;
   bool as_computed_ = false;
   std::vector<Step> steps_;

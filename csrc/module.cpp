@@ -43,15 +43,15 @@ void bind_cpu_plan(py::module_& m) {
   py::class_<CpuPlan>(m, "CpuPlan",
                       "A network's steps over numbered values, weights packed once, run in one "
                       "call. Record the steps, finish(), then run() from any thread.")
-      .def(
-          py::init(translated([](const std::string& element, std::shared_ptr<hgfast::Arena> arena) {
-            return std::make_unique<CpuPlan>(element, std::move(arena));
-          })),
-          arg("element"), arg("arena") = py::none())
+      .def(py::init(translated(
+               [](const std::string& element, std::shared_ptr<hgfast::Arena> arena, bool high) {
+                 return std::make_unique<CpuPlan>(element, std::move(arena), high);
+               })),
+           arg("element"), arg("arena") = py::none(), arg("high") = false)
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
            arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
-           arg("relu") = false)
+           arg("relu") = false, arg("pool") = false)
       .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
            arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(), arg("stride") = one,
            arg("padding") = zero, arg("dilation") = one, arg("relu") = false,
@@ -60,6 +60,9 @@ void bind_cpu_plan(py::module_& m) {
            arg("weight"), arg("bias"), arg("stride") = one, arg("padding") = zero,
            arg("output_padding") = zero, arg("relu") = false, arg("add") = py::none(),
            arg("relu_sum") = false)
+      .def("head", translated(&CpuPlan::head), arg("input"), arg("heatmaps"), arg("next"),
+           arg("w1"), arg("b1"), arg("w_maps") = py::none(), arg("b_maps") = py::none(),
+           arg("w_next") = py::none(), arg("b_next") = py::none(), arg("add") = py::none())
       .def("pool", translated(&CpuPlan::pool), arg("input"), arg("output"), arg("mode"),
            arg("kernel"), arg("stride"), arg("padding") = zero, arg("ceil_mode") = false,
            arg("count_include_pad") = true)
@@ -71,6 +74,9 @@ void bind_cpu_plan(py::module_& m) {
       .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
            arg("as_computed") = false)
       .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
+      .def_property_readonly(
+          "products", &CpuPlan::products,
+          "What is multiplied: \"float32\", \"winograd\", \"bf16x3\", \"bfloat16\"")
       .def_property_readonly("path", &CpuPlan::path,
                              "The instruction set whose kernels the weights are packed for.");
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -67,6 +68,7 @@ def find(
     fast: nn.Module,
     inputs: Sequence[Any],
     arithmetic: torch.dtype,
+    products: Callable[[], AbstractContextManager[Any]],
     floor: float,
 ) -> Culprit | None:
     """The first to depart, or None where nothing inside departs as much as an output does.
@@ -76,14 +78,15 @@ def find(
         fast: the optimised one in eval mode; left as it is.
         inputs: of ``model``, in its dtype.
         arithmetic: the dtype of the eager run that sets what is allowed.
+        products: makes the context of that run.
         floor: a relative error that is allowed in any case.
     """
-    judge = _Judge(model, arithmetic, floor)
+    judge = _Judge(model, arithmetic, products, floor)
     regions = regions_of(fast)
     if not all(_is_alike(model, region) for region in regions):
         # The models are built differently: what the regions compute is still known.
         model = without_kernels(copy.deepcopy(fast))
-        judge = _Judge(model, arithmetic, floor)
+        judge = _Judge(model, arithmetic, products, floor)
         return _in_regions(judge, regions, inputs)
     return _in_regions(judge, regions, inputs) or _around(judge, fast, regions, inputs)
 
@@ -98,9 +101,16 @@ class _Off:
 
 
 class _Judge:
-    def __init__(self, model: nn.Module, arithmetic: torch.dtype, floor: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        arithmetic: torch.dtype,
+        products: Callable[[], AbstractContextManager[Any]],
+        floor: float,
+    ) -> None:
         self.model = model
         self.arithmetic = arithmetic
+        self.products = products  # around eager runs; leaves those in float64 as they are
         self.floor = floor
 
     def off(self, given: Any, right: Any, baseline: Any) -> _Off:
@@ -210,10 +220,11 @@ def _weights_dtype(region: Region) -> torch.dtype:
 
 def _off_of_region(judge: _Judge, region: Region, bound: tuple[Any, ...]) -> _Off:
     module = judge.model.get_submodule(region.name)
-    right, baseline = (
-        copy.deepcopy(module).to(dtype)(*_cast(bound, dtype))
-        for dtype in (torch.float64, judge.arithmetic)
-    )
+    with judge.products():
+        right, baseline = (
+            copy.deepcopy(module).to(dtype)(*_cast(bound, dtype))
+            for dtype in (torch.float64, judge.arithmetic)
+        )
     given = region.heatmaps(*_cast(bound, _weights_dtype(region)))
     if region.decoding is not None:  # the last of a list, or what stands alone
         given, right, baseline = (
@@ -252,7 +263,9 @@ def _in_region(
         if isinstance(executor, str):
             return None
         given = executor.run(list(_cast(bound, _weights_dtype(region))))
-        sides = [_values(cut, right, bound, dtype) for dtype in (torch.float64, judge.arithmetic)]
+        dtypes = (torch.float64, judge.arithmetic)
+        with judge.products():
+            sides = [_values(cut, right, bound, dtype) for dtype in dtypes]
         return judge.off(*({str(n): values[n] for n in alive} for values in (given, *sides)))
 
     low, high = -1, len(plan.steps) - 1  # departs nowhere up to low; somewhere up to high
@@ -351,7 +364,8 @@ def _around(
         (copy.deepcopy(judge.model).double(), torch.float64, right),
         (copy.deepcopy(judge.model).to(judge.arithmetic), judge.arithmetic, baseline),
     ):
-        _record(dict(model.named_modules()), mine, model, _cast(tuple(inputs), dtype), outputs)
+        with judge.products():
+            _record(dict(model.named_modules()), mine, model, _cast(tuple(inputs), dtype), outputs)
     cast = _cast(tuple(inputs), weights) if weights else tuple(inputs)
     _record(mine, mine, fast, cast, given)
     offs = [

@@ -7,6 +7,25 @@ import time
 from collections.abc import Callable, Mapping
 
 
+def sample_alternately(
+    candidates: Mapping[str, Callable[[], object]], blocks: int, calls: int
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of every call: candidate -> block -> call.
+
+    Candidates take turns in blocks, so that a slow moment hits all of them.
+    """
+    times: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    for _ in range(blocks):
+        for name, call in candidates.items():
+            block = []
+            for _ in range(calls):
+                start = time.perf_counter()
+                call()
+                block.append((time.perf_counter() - start) * 1e3)
+            times[name].append(block)
+    return times
+
+
 def time_alternately(
     candidates: Mapping[str, Callable[[], object]],
     blocks: int = 2,
@@ -23,12 +42,8 @@ def time_alternately(
     """
     if blocks < 1 or calls <= drop:
         raise ValueError(f"expected blocks >= 1 and calls > drop, got {blocks}, {calls}, {drop}")
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(blocks):
-        for name, call in candidates.items():
-            for index in range(calls):
-                start = time.perf_counter()
-                call()
-                if index >= drop:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    times = sample_alternately(candidates, blocks, calls)
+    return {
+        name: statistics.median(time for block in found for time in block[drop:])
+        for name, found in times.items()
+    }

@@ -407,7 +407,7 @@ def _block(
     values = [
         torch.randn(tuple(shapes[number])).to(first.device, first.dtype) for number in block.inputs
     ]
-    element = getattr(torch, executor.backend.split()[-1])
+    element = executor.dtype
     theirs = [
         x.to(element).contiguous(memory_format=torch.channels_last)
         if x.dim() == 4

@@ -23,6 +23,9 @@ _CPU_FEATURES = (
 )  # fmt: skip
 
 
+_USED = "kernel set used"
+
+
 def collect() -> dict[str, dict[str, str]]:
     """Everything that `python -m hgfast info` prints: section -> name -> value, in print order."""
     return {
@@ -86,7 +89,7 @@ def _cpu() -> dict[str, str]:
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "instruction sets found": found or torch.backends.cpu.get_cpu_capability(),
         "threads": f"{torch.get_num_threads()} used by torch, {os.cpu_count()} cores",
-        "kernel set used": _used_isa(),
+        **_kernels(),
     }
 
 
@@ -100,16 +103,17 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _used_isa() -> str:
+def _kernels() -> dict[str, str]:
     module = _native.load()
     if module is None:
-        return "none: plain PyTorch"
+        return {_USED: "none: plain PyTorch"}
     forced = os.environ.get("HGFAST_CPU_ISA")
     try:
-        used: str = module.CpuPlan("float32").path
+        plan = module.CpuPlan("float32", high=True)
     except Exception as error:  # HGFAST_CPU_ISA names a set that cannot run here
-        return f"none: {str(error).splitlines()[0]}"
-    return f"{used} (HGFAST_CPU_ISA={forced})" if forced else used
+        return {_USED: f"none: {str(error).splitlines()[0]}"}
+    used = f"{plan.path} (HGFAST_CPU_ISA={forced})" if forced else plan.path
+    return {_USED: used, 'products at "high"': plan.products}
 
 
 def _gpu() -> dict[str, str]:

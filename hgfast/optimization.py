@@ -26,7 +26,7 @@ PRECISIONS = ("highest", "high", "medium")
 
 #: A region whose relative L2 difference from eager on the example exceeds this is not swapped
 #: in. Wide on purpose: it catches a wrong structure; ``hgfast.verify`` judges accuracy.
-_PLAUSIBLE = {"float32": 1e-4, "bfloat16": 1e-1, "float16": 1e-1}
+_PLAUSIBLE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,9 +98,11 @@ def optimize(
 
     Args:
         model: any module. Recognition is by structure, never by class or name.
-        precision: "highest": float32 arithmetic; "high": float32-grade results; "medium":
-            bfloat16 operands, float32 sums. Inputs and outputs keep the model's dtype. None
-            follows ``torch.get_float32_matmul_precision()``. A bfloat16 model runs in bfloat16.
+        precision: "highest": float32 arithmetic; "high": float32-grade results, on AMX by
+            three bfloat16 products for each (bf16x3: see :func:`verify`), elsewhere in float32;
+            "medium": bfloat16 operands, float32 sums. Inputs and outputs keep the model's dtype.
+            None follows ``torch.get_float32_matmul_precision()``. A bfloat16 model runs in
+            bfloat16.
             On a GPU the kernels multiply in 16 bits: a float32 model needs "medium" there, and
             bfloat16 and float16 models run as they are.
         inplace: change ``model`` itself. Otherwise an independent copy is returned and
@@ -421,7 +423,7 @@ def _plausible(
             del wrong[region]
         results = [values[number] for number in output_values(region.plan.outputs)]
         expected = torch.utils._pytree.tree_leaves(output)
-        limit = _PLAUSIBLE[executor.backend.split()[-1]]
+        limit = _PLAUSIBLE[executor.dtype]
         for result, eager in zip(results, expected, strict=True):
             off = _relative_error(result, eager)
             if not off <= limit:  # a NaN is no agreement either

@@ -363,7 +363,7 @@ class Region(Forward):
 
     def _executor_for_autocast(self, state: _State) -> Executor:
         assert state.executor is not None
-        if state.executor.backend.endswith("bfloat16"):
+        if state.executor.dtype == torch.bfloat16:
             return state.executor
         with self._lock:
             if "medium" not in state.autocast:

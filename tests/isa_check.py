@@ -30,11 +30,15 @@ from op_checks import (
     bottleneck_reference,
     bottleneck_weights,
     cast,
+    check_given_image,
+    check_head,
+    check_pooled_bottleneck,
     check_small_hourglass,
     conv_reference,
     conv_transpose_reference,
     conv_transpose_weights,
     conv_weights,
+    head_weights,
     native,
     random_map,
     run_step,
@@ -136,6 +140,43 @@ def check_the_rest(dtype: torch.dtype) -> None:
     ran("upsample_add")
 
 
+def check_fusions(dtype: torch.dtype) -> None:
+    for channels, middle, out, batch, height, width in [
+        (64, 32, 64, 2, 19, 24),
+        (20, 17, 33, 1, 12, 15),
+        (48, 64, 48, 3, 68, 7),
+    ]:
+        x = random_map(batch, channels, height, width, dtype=dtype, layout=LAYOUTS[batch - 1])
+        for norm in (True, False):
+            w = bottleneck_weights(channels, middle, out, norm=norm)
+            check_pooled_bottleneck(dtype, x, w, relu=not norm)
+            ran("bottleneck")
+    for channels, middle, joints, out, height, width in [
+        (64, 64, 16, 64, 12, 11),
+        (20, 33, 17, 0, 3, 5),
+        (48, 31, 0, 40, 19, 16),
+    ]:
+        x = random_map(3, channels, height, width, dtype=dtype)
+        add = random_map(3, out, height, width, dtype=dtype, seed=2) if out else None
+        check_head(dtype, x, head_weights(channels, middle, joints, out), add)
+    for channels, kernel, stride, padding in [
+        (3, 7, 2, 3),
+        (3, 3, 2, 1),
+        (15, 5, 1, 4),
+        (1, 1, 1, 0),
+    ]:
+        w = conv_weights(channels, 33, (kernel, kernel))
+        for layout in LAYOUTS:
+            for given in MAP_DTYPES:
+                x = random_map(3, channels, 21, 38, dtype=given, layout=layout)
+                inputs = [x, *(walled(x) if layout != "sliced" and sys.platform == "linux" else [])]
+                for image in inputs:
+                    check_given_image(
+                        dtype, image, w, stride=(stride, stride), padding=(padding, padding)
+                    )
+                    ran("conv")
+
+
 def check_relayout(dtype: torch.dtype) -> None:
     """Into a plan and out of it again: the sum of a map with itself, bit for bit."""
     shapes = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 16, 4, 8), (2, 37, 3, 33), (1, 64, 1, 70)]
@@ -215,6 +256,7 @@ def main() -> None:
         check_bottleneck(dtype)
         check_conv(dtype)
         check_the_rest(dtype)
+        check_fusions(dtype)
         check_relayout(dtype)
     for dtype in decode_checks.DTYPES:
         check_decode(dtype)

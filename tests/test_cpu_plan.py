@@ -280,6 +280,10 @@ def begun() -> Any:
     ("act", "message"),
     [
         (lambda p: native.CpuPlan("float16"), 'element "float32" or "bfloat16", given "float16"'),
+        (
+            lambda p: native.CpuPlan("bfloat16", high=True),
+            'element "float32" where high is asked for, given "bfloat16"',
+        ),
         (lambda p: halve(p, 0, 1), r"step 1 \(pool\): value 1 is already .* of step 0"),
         (lambda p: p.add(3, 4, 3), r"step 1 \(add\): value 3 is both input and output"),
         (lambda p: halve(p, 5, 0), r"step 1 \(pool\): its output, value 0, is used before"),

@@ -34,12 +34,12 @@ def test_examples_with_kernels(name: str) -> None:
     run_examples(name)
 
 
-@pytest.mark.parametrize("name", ["decoding.md", "ecosystem.md"])
+@pytest.mark.parametrize("name", ["decoding.md", "ecosystem.md", "performance.md"])
 def test_what_it_refers_to_is_there(name: str) -> None:
     text = (DOCS / name).read_text()
     for test in set(re.findall(r"`((?:\w+/)*test_\w+)`", text)):
         assert (DOCS.parent / "tests" / f"{test}.py").is_file(), test
     for path in set(re.findall(r"\]\(([^)#]+)\)", text)):
         assert (DOCS / path).exists(), path
-    for path in set(re.findall(r"`((?:hgfast|tests|csrc)/[\w/]+\.\w+)`", text)):
+    for path in set(re.findall(r"`((?:hgfast|tests|csrc|benchmarks)/[\w/]+\.\w+)`", text)):
         assert (DOCS.parent / path).is_file(), path

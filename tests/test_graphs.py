@@ -52,6 +52,7 @@ class Doubling:
 
     asynchronous = True
     backend = "cuda float32"
+    dtype = torch.float32
     features: frozenset[str] = frozenset()
 
     def __init__(self, double: Double, weight: float = 2.0) -> None:

@@ -6,7 +6,7 @@
 //     w[0] h[x] + w[1] (h[x - 1] + h[x + 1]) + w[2] (h[x - 2] + h[x + 2]) + ...
 //
 // where each product and sum is rounded for itself, in this order: the bits are those of
-// reference.gaussian_blur on every instruction set (no contraction: see CMakeLists.txt).
+// reference.gaussian_blur on every instruction set (no contraction: see cmake/kernels.cmake).
 #pragma once
 
 #include "heatmap.h"

@@ -12,9 +12,14 @@
 // The price is that the row above and the row below a strip are computed by its neighbour too:
 // two rows of conv1, a seventh of the work where a block halves its channels.
 //
+// Where x is pooled first, a task pools the rows that conv1 is about to read into scratch, once,
+// and keeps them until they have been the shortcut.
+//
 // A pixel's sums do not depend on the strip or block it falls in, so neither do their bits.
+#include "maximum.h"
 #include "operand.h"
 #include "table.h"
+#include "winograd.h"
 
 namespace hgfast::cpu::HGFAST_ISA {
 
@@ -30,11 +35,14 @@ struct Split {
   template <class Operand>
   static Split of(const BottleneckParams& p, int threads, Operand) {
     const int64_t conv1 = p.in * p.middle;
-    const int64_t rest = 9 * p.middle * p.middle + (p.middle + (p.wp ? p.in : 0)) * p.out;
+    const int64_t side = tile_side(p.method);  // strips are rows of whole tiles
+    const int64_t conv2 = p.middle * p.middle * 9;
+    const int64_t rest = conv2 + (p.middle + (p.wp ? p.in : 0)) * p.out;
     Split best{};
     int64_t least = INT64_MAX;
     for (int64_t wanted = 1; wanted <= p.height; ++wanted) {
-      const int64_t rows = ceil_div(p.height, wanted), strips = ceil_div(p.height, rows);
+      const int64_t rows = round_up(ceil_div(p.height, wanted), side);
+      const int64_t strips = ceil_div(p.height, rows);
       const int64_t tasks = ceil_div(p.batch * strips, threads);
       const int64_t halo = min(2, p.height - rows);
       const int64_t slots =
@@ -42,9 +50,13 @@ struct Split {
       const int64_t cost = tasks * ((rows + halo) * p.width * conv1 + slots * rest);
       if (cost >= least) continue;
       least = cost;
-      // About a block of pixels at a time, evenly.
-      const int64_t steps = ceil_div(rows, max(1, kBlock / p.width));
-      best = {rows, strips, ceil_div(rows, steps)};
+      if (p.method == Method::direct) {  // about a block of pixels at a time, evenly
+        const int64_t steps = ceil_div(rows, max(1, kBlock / p.width));
+        best = {rows, strips, ceil_div(rows, steps)};
+      } else {
+        const Grouping group(ceil_div(rows, side), ceil_div(p.width, side));
+        best = {rows, strips, group.tall * side};
+      }
     }
     return best;
   }
@@ -52,23 +64,36 @@ struct Split {
 
 template <class Operand>
 struct Buffers {
-  Operand* t;   // (step + 2, width + 2, middle)
-  Operand* u;   // (kBlock, middle)
-  Operand* a;   // (kBlock, in): prologue(x), and later x for the projected shortcut
-  float* bias;  // b3 + bp
+  Operand* t;              // (step + 2, pitch, middle)
+  Operand* u;              // (kBlock, or a group of tiles' pixels; middle)
+  Operand* a;              // (kBlock, in): prologue(x), and later x for the projected shortcut
+  float* bias;             // b3 + bp
+  char* pooled = nullptr;  // (step + 2, width, in), of the element type
+  int64_t pitch;           // pixels in a row of t: whole tiles, and one at either end
   int64_t t_bytes, u_bytes;
+  Grouping group;
+  TileBuffers tiles;
 
-  Buffers(const BottleneckParams& p, const Split& split, Scratch& scratch) {
+  Buffers(const BottleneckParams& p, const Split& split, Scratch& scratch)
+      : pitch(round_up(p.width, tile_side(p.method)) + 2),
+        group(split.step / tile_side(p.method), ceil_div(p.width, tile_side(p.method))),
+        tiles(p.method, group, p.middle, scratch) {
     const int64_t middle = padded<Operand>(p.middle);
     // The last group of slots may run past the end of t.
     const int64_t beyond = Tiling<Operand>::kGroup - 1;
-    const int64_t t_count = ((split.step + 2) * (p.width + 2) + beyond) * middle;
+    const int64_t t_count = ((split.step + 2) * pitch + beyond) * middle;
+    const int64_t tile = tile_side(p.method) * tile_side(p.method);  // pixels
+    const int64_t u_count = max(kBlock, group.most() * tile) * middle;
     t_bytes = t_count * sizeof(Operand);
-    u_bytes = kBlock * middle * sizeof(Operand);
+    u_bytes = u_count * sizeof(Operand);
     t = scratch.take<Operand>(t_count);
-    u = scratch.take<Operand>(kBlock * middle);
+    u = scratch.take<Operand>(u_count);
     a = scratch.take<Operand>(kBlock * padded<Operand>(p.in));
     bias = scratch.take<float>(p.out);
+    if (p.pool) {
+      const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
+      pooled = scratch.take<char>((split.step + 2) * p.width * p.in * bytes);
+    }
   }
 };
 
@@ -76,36 +101,61 @@ template <class Operand, class E>
 class Strip {
  public:
   Strip(const BottleneckParams& p, const Buffers<Operand>& buffers, int64_t image)
-      : p(p), buffers(buffers), pitch(p.width + 2), middle(padded<Operand>(p.middle)) {
-    x = static_cast<const E*>(p.x) + image * p.height * p.width * p.in;
+      : p(p), buffers(buffers), pitch(buffers.pitch), middle(padded<Operand>(p.middle)) {
+    given = static_cast<const E*>(p.x) + image * p.x_height * p.x_width * p.in;
+    x = given;
     y = static_cast<E*>(p.y) + image * p.height * p.width * p.out;
     if (p.low) low = static_cast<const E*>(p.low) + image * (p.height / 2) * (p.width / 2) * p.out;
   }
 
   // Rows top ... bottom - 1 of y.
-  void run(int64_t top, int64_t bottom, int64_t step) const {
+  void run(int64_t top, int64_t bottom, int64_t step) {
     for (int64_t r = 0; r < step + 2; ++r) {
       clear(r, 0, 1);
-      clear(r, pitch - 1, 1);
+      clear(r, p.width + 1, pitch - p.width - 1);
     }
     if (top == 0) clear(0, 0, pitch);
     int64_t next = max(0, top - 1);  // the first row that t does not hold yet
     for (int64_t row = top; row < bottom; row += step) {
       const int64_t rows = min(step, bottom - row), last = min(p.height, row + rows + 1);
+      if (p.pool) pool(row, next, last);
       for (int64_t pixel = next * p.width; pixel < last * p.width; pixel += kBlock)
         conv1(row, pixel, min(kBlock, last * p.width - pixel));
       next = last;
-      if (row + rows == p.height) clear(rows + 1, 0, pitch);
-
-      const Slots<Operand> slots(rows, p.width, pitch);
-      for (int64_t slot = 0; slot < slots.count(); slot += kBlock)
-        conv2_conv3(row, slots, slot, min(kBlock, slots.count() - slot));
+      if (row + rows == p.height) {  // tiles may hang over by more than one row
+        for (int64_t r = rows + 1; r < round_up(rows, tile_side(p.method)) + 2; ++r)
+          clear(r, 0, pitch);
+      }
+      if (p.method == Method::direct) {
+        const Slots<Operand> slots(rows, p.width, pitch);
+        for (int64_t slot = 0; slot < slots.count(); slot += kBlock)
+          conv2(row, slots, slot, min(kBlock, slots.count() - slot));
+      } else if constexpr (is_same<Operand, float>) {
+        with_tiles(p.method, [&](auto tiles) { conv2_by_tiles(tiles, row, rows); });
+      }
       memmove(static_cast<void*>(buffers.t), buffers.t + rows * pitch * middle,
               2 * pitch * middle * sizeof(Operand));
+      if (p.pool) {
+        const int64_t line = p.width * p.in * sizeof(E);
+        memmove(buffers.pooled, buffers.pooled + rows * line, 2 * line);
+      }
     }
   }
 
  private:
+  // The pooled rows first ... last - 1 into scratch, whose second row is the map's row `top`; x is
+  // read from there on as if the whole map were there.
+  void pool(int64_t top, int64_t first, int64_t last) {
+    const int64_t line = p.width * p.in, pitch = p.x_width * p.in;
+    E* pooled = reinterpret_cast<E*>(buffers.pooled) - (top - 1) * line;
+    x = pooled;
+    for (int64_t row = first; row < last; ++row) {
+      const E* from = given + 2 * row * pitch;
+      for (int64_t i = 0; i < line; i += p.in, from += 2 * p.in)
+        largest(from, pitch, p.in, Fixed<2>{}, Fixed<2>{}, pooled + row * line + i);
+    }
+  }
+
   // Zeros in t.
   void clear(int64_t row, int64_t column, int64_t columns) const {
     memset(static_cast<void*>(buffers.t + (row * pitch + column) * middle), 0,
@@ -133,18 +183,15 @@ class Strip {
   }
 
   // `count` slots of the rows from `top`, from `slot`: t to u to y.
-  void conv2_conv3(int64_t top, const Slots<Operand>& slots, int64_t slot, int64_t count) const {
-    int64_t t_at[kBlock], u_at[kBlock], y_at[kBlock], low_at[kBlock], x_at[kBlock];
+  void conv2(int64_t top, const Slots<Operand>& slots, int64_t slot, int64_t count) const {
+    int64_t t_at[kBlock], u_at[kBlock];
     int64_t pixels = 0, first = 0;
     Cursor at = slots.from(slot);
     for (int64_t i = 0; i < round_up(count, Tiling<Operand>::kGroup); ++i, at.next()) {
       t_at[i] = (at.row * pitch + at.column) * middle;
       u_at[i] = -1;
       if (!slots.is_pixel(at)) continue;
-      const int64_t row = top + at.row, pixel = row * p.width + at.column;
-      if (pixels == 0) first = pixel;
-      y_at[pixels] = pixel * p.out;
-      low_at[pixels] = (row / 2 * (p.width / 2) + at.column / 2) * p.out;
+      if (pixels == 0) first = (top + at.row) * p.width + at.column;
       u_at[i] = pixels++ * middle;
     }
     const Segment<Operand> conv2{.a = buffers.t,
@@ -156,15 +203,48 @@ class Strip {
                                  .b = p.w2};
     gemm(&conv2, 1, count, 0, p.middle,
          Epilogue<Operand>{.bias = p.b2, .relu = true, .y = buffers.u, .y_at = u_at});
+    conv3(first, buffers.u, pixels);  // which lie one after the other in u, as they do in y
+  }
 
-    // The pixels lie one after the other in u, as they do in x and y.
+  // The `rows` rows from `top`, a group of tiles at a time: t to u to y.
+  template <class Tiles>
+  void conv2_by_tiles(Tiles, int64_t top, int64_t rows) const {
+    constexpr int64_t side = Tiles::kPixels;
+    const int64_t tall = ceil_div(rows, side);
+    int64_t u_at[kTilesAtOnce * side * side];
+    for (int64_t left = 0; left < p.width; left += buffers.group.wide * side) {
+      const int64_t columns = min(buffers.group.wide * side, p.width - left);
+      const int64_t wide = ceil_div(columns, side);
+      for (int64_t i = 0; i < tall * wide * side * side; ++i) {
+        const int64_t tile = i / (side * side), pixel = i % (side * side);
+        const int64_t r = tile / wide * side + pixel / side, c = tile % wide * side + pixel % side;
+        u_at[i] = r < rows && c < columns ? (r * columns + c) * middle : -1;
+      }
+      Tiles::convolve(buffers.t + left * middle, pitch * middle, middle, tall, wide,
+                      static_cast<const float*>(p.w2), 0, p.middle, buffers.tiles,
+                      Epilogue<Operand>{.bias = p.b2, .relu = true, .y = buffers.u, .y_at = u_at});
+      // Pixels that lie one after the other in u as they do in y: all rows, or one.
+      const int64_t run = columns == p.width ? rows * columns : columns;
+      for (int64_t i = 0; i < rows * columns;) {
+        const int64_t count = min(kBlock, run - i % run);
+        conv3((top + i / columns) * p.width + left + i % columns, buffers.u + i * middle, count);
+        i += count;
+      }
+    }
+  }
+
+  // `pixels` pixels from `first`: u to y.
+  void conv3(int64_t first, const Operand* u, int64_t pixels) const {
+    int64_t u_at[kBlock], y_at[kBlock], low_at[kBlock], x_at[kBlock];
     const int64_t in = padded<Operand>(p.in);
-    for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) {
+    Cursor at(first, p.width);
+    for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i, at.next()) {
       u_at[i] = i * middle;
       x_at[i] = i * in;
-      if (i >= pixels) y_at[i] = -1;
+      y_at[i] = i < pixels ? (first + i) * p.out : -1;
+      low_at[i] = (at.row / 2 * (p.width / 2) + at.column / 2) * p.out;
     }
-    Segment<Operand> conv3[2] = {Segment<Operand>::dense(buffers.u, u_at, middle, p.w3),
+    Segment<Operand> conv3[2] = {Segment<Operand>::dense(u, u_at, middle, p.w3),
                                  Segment<Operand>::dense(buffers.a, x_at, in, p.wp)};
     if (p.wp) {
       const E* from = x + first * p.in;
@@ -187,7 +267,8 @@ class Strip {
 
   const BottleneckParams& p;
   const Buffers<Operand>& buffers;
-  const E* x;
+  const E* given;  // the image of p.x
+  const E* x;      // the same, or what it is pooled to
   E* y;
   const E* low = nullptr;
   int64_t pitch;   // pixels in a row of t
@@ -220,7 +301,7 @@ void run(const BottleneckParams& p, int threads, int64_t begin, int64_t end, voi
 
 Work plan_bottleneck(const BottleneckParams& p, int threads) {
   Work work;
-  with_types(p.element, [&](auto operand, auto) {
+  with_types(p.precision, [&](auto operand, auto) {
     const Split split = Split::of(p, threads, operand);
     Scratch scratch(nullptr);
     Buffers<decltype(operand)>(p, split, scratch);
@@ -230,7 +311,7 @@ Work plan_bottleneck(const BottleneckParams& p, int threads) {
 }
 
 void bottleneck(const BottleneckParams& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  with_types(p.element, [&](auto operand, auto element) {
+  with_types(p.precision, [&](auto operand, auto element) {
     run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
   });
 }

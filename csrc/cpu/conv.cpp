@@ -11,14 +11,22 @@
 //   to go through the prologue, or to lie at other distances: then the block's rows of x are, once.
 // - AMX reads sixteen windows at even distances. There each window is gathered into scratch,
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
-//   window per pixel, against `out` multiply-adds for each of its values.
+//   window per pixel, against `out` multiply-adds for each of its values. To split a float32 in two
+//   costs several times a copy: so where windows overlap the block's rows of x are split before.
+// - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then the pixels of x that a task
+//   needs are copied once, zero-padded, through the prologue.
+//
+// The first convolution of a network takes the caller's image in any layout: a block's rows of it
+// are laid out in scratch, those that it shares with the block before only once.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
 // network, they share the channels, and each reads only its own part of the weights.
 //
 // A sum is formed in the order of the weights, whatever task it falls in.
+#include "layout.h"
 #include "operand.h"
 #include "table.h"
+#include "winograd.h"
 
 namespace hgfast::cpu::HGFAST_ISA {
 
@@ -74,6 +82,29 @@ constexpr int64_t kShort = 128;          // channels: so few that a tap alone is
 // hold a tile's twelve rows.
 constexpr int64_t kWay = 4096 / sizeof(float);
 
+// How many channels each task computes, by the split of the work that costs the busiest thread
+// least: cycles for its products, and for what it reads from beyond its caches. There are `units`
+// to share, with so many products for each channel; the weights have so many bytes for each
+// channel.
+int64_t share_channels(const Job& p, int threads, int64_t units, int64_t products,
+                       int64_t weight_bytes, int64_t element_bytes) {
+  const int64_t panels = ceil_div(p.out, kPanel);
+  const int64_t weights = weight_bytes * p.out;
+  const int64_t map = p.batch * p.height * p.width * p.in * element_bytes;
+  constexpr int64_t kBytesPerCycle = 4;
+  int64_t least = INT64_MAX, best = 1;
+  for (int64_t parts = 1; parts <= min(threads, panels); ++parts) {
+    if (threads % parts) continue;
+    const int64_t others = threads / parts;
+    const int64_t cost = ceil_div(panels, parts) * products * ceil_div(units, others) +
+                         (weights / parts + map / others) / kBytesPerCycle;
+    if (cost >= least) continue;
+    least = cost;
+    best = parts;
+  }
+  return ceil_div(panels, best) * kPanel;
+}
+
 struct Geometry {
   int64_t pixels;  // of the job, over the batch
   Depth depth;
@@ -82,10 +113,14 @@ struct Geometry {
   int64_t pitch;  // from pixel to pixel of x, as the product reads it
   int64_t block, blocks;     // pixels per task; tasks that share all pixels
   int64_t channels, groups;  // per task; tasks that share all channels
-  int64_t rows = 0;          // of x that a block converts, at most
+  int64_t rows = 0;          // of x that a block converts, or splits, at most
 
   int64_t tasks() const { return blocks * groups; }
   int64_t runs(const Job& p) const { return p.kernel_h * (p.kernel_w / run); }
+  // Rows of x that a block reaches, at most: it may begin and end in the middle of a row of y.
+  int64_t given_rows(const Job& p) const {
+    return Reach::most(p, ceil_div(block - 1, p.out_width) + 1);
+  }
 
   template <class Operand, class E>
   static Geometry of(const Job& p, int threads, Operand, E) {
@@ -122,28 +157,16 @@ struct Geometry {
     g.blocks = ceil_div(g.pixels, g.block);
     if (g.windows == converted) {
       g.rows = Reach::most(p, g.block / p.out_width);
+    } else if (g.windows == gathered && !is_of_maps<Operand> && g.depth.length == p.in) {
+      const int64_t rows = Reach::most(p, (g.block - 2) / p.out_width + 2);
+      if (2 * rows * p.width <= g.block * g.depth.runs) g.rows = rows;
     }
     return g;
   }
 
-  // The split of the work that costs the busiest thread least: cycles for its products, and
-  // for what it reads from beyond its caches.
   void share(const Job& p, int threads, int64_t operand_bytes, int64_t element_bytes) {
-    const int64_t panels = ceil_div(p.out, kPanel);
-    const int64_t weights = depth.total() * p.out * operand_bytes;
-    const int64_t map = p.batch * p.height * p.width * p.in * element_bytes;
-    constexpr int64_t kBytesPerCycle = 4;
-    int64_t least = INT64_MAX;
-    for (int64_t parts = 1; parts <= min(threads, panels); ++parts) {
-      if (threads % parts) continue;
-      const int64_t others = threads / parts;
-      const int64_t cost = ceil_div(panels, parts) * depth.total() * ceil_div(pixels, others) +
-                           (weights / parts + map / others) / kBytesPerCycle;
-      if (cost >= least) continue;
-      least = cost;
-      groups = parts;
-    }
-    channels = ceil_div(panels, groups) * kPanel;
+    channels = share_channels(p, threads, pixels, depth.total(), depth.total() * operand_bytes,
+                              element_bytes);
     groups = ceil_div(p.out, channels);
   }
 };
@@ -154,12 +177,23 @@ struct Buffers {
   Operand* zeros = nullptr;  // a run
   Operand* edges = nullptr;  // runs that begin or end in the padding
   int64_t* at = nullptr;     // (runs, block)
+  float* window = nullptr;   // of one pixel, where its taps begin anywhere in a run
+  void* rows = nullptr;      // of x where it comes as given, of the element type
+  Operand* split = nullptr;  // rows of x
 
   Buffers(const Job& p, const Geometry& g, Scratch& scratch) {
+    if (p.as_given) {
+      const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
+      rows = scratch.take<char>(g.given_rows(p) * p.width * p.in * bytes);
+    }
     if (g.windows == Geometry::pointwise)
       a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
     if (g.windows == Geometry::gathered)
       a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
+    if (g.windows == Geometry::gathered && !is_of_maps<Operand> && g.depth.length != p.in)
+      window = scratch.take<float>(g.depth.total());
+    if (g.windows == Geometry::gathered)
+      split = scratch.take<Operand>(g.rows * p.width * g.depth.stride);
     if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
     if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
       zeros = scratch.take<Operand>(g.run * p.in);
@@ -181,6 +215,21 @@ struct Inside {
   int64_t size() const { return max(0, last - first); }
 };
 
+// A run of values as they are. A call, or a register's part, costs as much as the run of a stem: so
+// in whole registers, of which the last overlaps the one before.
+inline void copy_run(const bf16* x, int64_t count, bf16* y) {
+  const auto move = [&](int64_t i) {
+    const Halves values = load_halves(x + i, Whole{});
+    memcpy(static_cast<void*>(y + i), &values, sizeof values);
+  };
+  if (count < kLanes) {
+    for (int64_t i = 0; i < count; ++i) y[i] = x[i];
+    return;
+  }
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) move(i);
+  if (count % kLanes) move(count - kLanes);
+}
+
 // One output pixel's window of `image`, from (top, left), which may lie outside: zeros there.
 template <class Operand, class E>
 void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top, int64_t left,
@@ -189,15 +238,21 @@ void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top
   const Inside rows(top, p.dilation_h, p.kernel_h, p.height);
   const Inside columns(left, p.dilation_w, p.kernel_w, p.width);
   const int64_t inside = rows.size() * columns.size();
+  // Zeros where nothing will be written, if that is at the end, as within the map.
+  const int64_t written = inside == p.kernel_h * p.kernel_w && tap == p.in ? inside * tap : 0;
   if (inside * p.in != depth.total())
-    memset(static_cast<void*>(a), 0, depth.total() * sizeof(Operand));
+    memset(static_cast<void*>(a + written), 0, (depth.total() - written) * sizeof(Operand));
   if (inside == 0) return;
   const int64_t step = p.dilation_w * p.in;
   for (int64_t y = rows.first; y < rows.last; ++y) {
     const E* x = image + ((top + y * p.dilation_h) * p.width + left) * p.in + columns.first * step;
     Operand* to = a + (y * p.kernel_w + columns.first) * tap;
     if (!p.scale && tap == p.in && step == p.in) {  // neighbours in a as they are in x
-      prologue(x, columns.size() * p.in, nullptr, nullptr, to);
+      if constexpr (is_same<Operand, E> && is_same<E, bf16>) {
+        copy_run(x, columns.size() * p.in, to);
+      } else {
+        prologue(x, columns.size() * p.in, nullptr, nullptr, to);
+      }
     } else {
       for (int64_t j = columns.first; j < columns.last; ++j, x += step, to += tap)
         prologue(x, p.in, p.scale, p.shift, to);
@@ -207,13 +262,21 @@ void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top
 
 // The windows of output pixels first ... first + pixels - 1, one row of a each.
 template <class Operand, class E>
-void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels, Operand* a) {
+void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels,
+            const Buffers<Operand>& buffers) {
+  Operand* a = buffers.a;
+  const E* x = static_cast<const E*>(p.x);
   Cursor at(first, p.out_width);    // rows are numbered through the batch,
   Cursor in(at.row, p.out_height);  // here by image
   for (; pixels > 0; --pixels, a += g.depth.total()) {
-    const E* image = static_cast<const E*>(p.x) + in.row * p.height * p.width * p.in;
-    gather_window(p, g.depth, image, in.column * p.stride_h - p.pad_h,
-                  at.column * p.stride_w - p.pad_w, a);
+    const E* image = x + in.row * p.height * p.width * p.in;
+    const int64_t top = in.column * p.stride_h - p.pad_h, left = at.column * p.stride_w - p.pad_w;
+    if (buffers.window) {
+      gather_window(p, g.depth, image, top, left, buffers.window);
+      prologue(buffers.window, g.depth.total(), nullptr, nullptr, a);
+    } else {
+      gather_window(p, g.depth, image, top, left, a);
+    }
     at.next();
     if (at.column == 0) in.next();
   }
@@ -311,8 +374,18 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
       g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total();
   for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
   auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
-  if (g.windows == Geometry::gathered) {
-    gather<Operand, E>(p, g, first, pixels, buffers.a);
+  if (!is_of_maps<Operand> && g.windows == Geometry::gathered && g.rows > 0) {
+    const Reach rows(p, first / p.out_width, (first + pixels - 1) / p.out_width);
+    const E* from = static_cast<const E*>(p.x) + rows.first * p.width * p.in;
+    prologue_pixels(from, max(0, rows.last - rows.first) * p.width, p.in, p.scale, p.shift,
+                    buffers.split);
+    Job split = p;  // the same, of an x that has been through the prologue
+    split.in = g.depth.stride;
+    split.x = buffers.split - rows.first * p.width * split.in;
+    split.scale = split.shift = nullptr;
+    gather<Operand, Operand>(split, g, first, pixels, buffers);
+  } else if (g.windows == Geometry::gathered) {
+    gather<Operand, E>(p, g, first, pixels, buffers);
   } else if (dense) {
     segment.a = reinterpret_cast<const Operand*>(x);
   } else {
@@ -321,19 +394,56 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
   return segment;
 }
 
+// Rows of a map as given, dense in NHWC: those that a block reaches, kept for the next one.
+template <class E>
+class GivenRows {
+ public:
+  GivenRows(const Job& p, void* memory)
+      : p_(p), row_(p.width * p.in), rows_(static_cast<E*>(memory)) {}
+
+  // The whole map, of which the rows in reach are there.
+  const E* map(const Reach& reach) {
+    int64_t kept = 0;
+    if (first_ <= reach.first && reach.first < last_) {
+      kept = max(0, min(last_, reach.last) - reach.first);
+      memmove(static_cast<void*>(rows_), rows_ + (reach.first - first_) * row_,
+              kept * row_ * sizeof(E));
+    }
+    first_ = reach.first;
+    last_ = max(reach.first, reach.last);
+    with_element(p_.x_element, [&](auto from) {
+      const auto* x = static_cast<const decltype(from)*>(p_.x);
+      const Strides dense{0, 1, 0, p_.in}, &given = p_.x_strides;
+      for (int64_t row = first_ + kept; row < last_; ++row)
+        copy_pixels(x + row / p_.height * given.batch + row % p_.height * given.height, given,
+                    rows_ + (row - first_) * row_, dense, p_.in, p_.width);
+    });
+    return rows_ - first_ * row_;
+  }
+
+ private:
+  const Job& p_;
+  int64_t row_;
+  E* rows_;
+  int64_t first_ = 0, last_ = 0;  // that are there
+};
+
 template <class Operand, class E>
-void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
+void run(const Job& job, int threads, int64_t begin, int64_t end, void* memory) {
+  Job p = job;
   const Geometry g = Geometry::of(p, threads, Operand{}, E{});
   Scratch scratch(memory);
   const Buffers<Operand> buffers(p, g, scratch);
   if (buffers.zeros) memset(static_cast<void*>(buffers.zeros), 0, g.run * p.in * sizeof(Operand));
   [[maybe_unused]] const typename Tiling<Operand>::Scope scope{};
+  GivenRows<E> given(job, buffers.rows);
   int64_t a_at[kMostPixels], y_at[kMostPixels];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task / g.blocks * g.channels, block = task % g.blocks * g.block;
     // A block of one long row may have more pixels than a product takes.
     for (int64_t first = block; first < min(block + g.block, g.pixels); first += kMostPixels) {
       const int64_t pixels = min(min(block + g.block, g.pixels) - first, kMostPixels);
+      if (p.as_given) p.x = given.map({p, first / p.out_width, (first + pixels - 1) / p.out_width});
       const auto segment = windows<Operand, E>(p, g, buffers, first, pixels, a_at);
       each_stretch(p, first, pixels, [&](int64_t slot, int64_t count, int64_t row, int64_t column) {
         const int64_t y =
@@ -353,9 +463,104 @@ void run(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
   }
 }
 
+// ---- By tiles ----
+
+// A task is a group of tiles of one image by some of the channels.
+struct TileTasks {
+  int64_t side;
+  Grouping group;
+  int64_t down, across;      // groups in an image
+  int64_t channels, groups;  // per task; tasks that share all channels
+
+  TileTasks(const Job& p, int threads, int64_t element_bytes)
+      : side(tile_side(p.method)),
+        group(ceil_div(p.out_height, side), ceil_div(p.out_width, side)),
+        down(ceil_div(group.down, group.tall)),
+        across(ceil_div(group.across, group.wide)) {
+    const int64_t products = (side + 2) * (side + 2) * p.in;
+    channels = share_channels(p, threads, p.batch * down * across, group.most() * products,
+                              products * sizeof(float), element_bytes);
+    groups = ceil_div(p.out, channels);
+  }
+  int64_t count(const Job& p) const { return p.batch * down * across * groups; }
+};
+
+struct TileScratch {
+  float* x;  // a group's pixels and those around them
+  TileBuffers tiles;
+
+  TileScratch(const Job& p, const TileTasks& tasks, Scratch& scratch)
+      : x(scratch.take<float>((tasks.group.tall * tasks.side + 2) *
+                              (tasks.group.wide * tasks.side + 2) * p.in)),
+        tiles(p.method, tasks.group, p.in, scratch) {}
+};
+
+// rows x columns pixels of an image from (top, left), which may lie outside: zeros there.
+template <class E>
+void copy_padded(const Job& p, const E* image, int64_t top, int64_t left, int64_t rows,
+                 int64_t columns, float* to) {
+  const Inside in_rows(top, 1, rows, p.height), in_columns(left, 1, columns, p.width);
+  const int64_t width = in_columns.size();
+  for (int64_t i = 0; i < rows; ++i, to += columns * p.in) {
+    const bool is_inside = i >= in_rows.first && i < in_rows.last && width > 0;
+    const int64_t before = is_inside ? in_columns.first * p.in : columns * p.in;
+    memset(to, 0, before * sizeof(float));
+    if (!is_inside) continue;
+    prologue_pixels(image + ((top + i) * p.width + left + in_columns.first) * p.in, width, p.in,
+                    p.scale, p.shift, to + before);
+    memset(to + in_columns.last * p.in, 0, (columns - in_columns.last) * p.in * sizeof(float));
+  }
+}
+
+template <class Tiles, class E>
+void run_tiles(Tiles, const Job& p, const TileTasks& tasks, int64_t begin, int64_t end,
+               const TileScratch& scratch) {
+  constexpr int64_t side = Tiles::kPixels;
+  int64_t y_at[kTilesAtOnce * side * side];
+  for (int64_t task = begin; task < end; ++task) {
+    // Neighbouring tasks share weights: they are groups of one image by the same channels.
+    const int64_t per_image = tasks.down * tasks.across, groups = p.batch * per_image;
+    const int64_t n = task / groups * tasks.channels, image = task % groups / per_image;
+    const int64_t down = task % per_image / tasks.across, across = task % tasks.across;
+    const int64_t top = down * tasks.group.tall * side, left = across * tasks.group.wide * side;
+    const int64_t tall = min(tasks.group.tall, tasks.group.down - down * tasks.group.tall);
+    const int64_t wide = min(tasks.group.wide, tasks.group.across - across * tasks.group.wide);
+    for (int64_t i = 0; i < tall * wide * side * side; ++i) {
+      const int64_t tile = i / (side * side), pixel = i % (side * side);
+      const int64_t row = top + tile / wide * side + pixel / side;
+      const int64_t column = left + tile % wide * side + pixel % side;
+      y_at[i] = row < p.out_height && column < p.out_width
+                    ? ((image * p.out_height + row) * p.out_width + column) * p.out
+                    : -1;
+    }
+    const int64_t pitch = wide * side + 2;
+    copy_padded(p, static_cast<const E*>(p.x) + image * p.height * p.width * p.in, top - p.pad_h,
+                left - p.pad_w, tall * side + 2, pitch, scratch.x);
+    Tiles::convolve(scratch.x, pitch * p.in, p.in, tall, wide, static_cast<const float*>(p.weight),
+                    n, min(p.out, n + tasks.channels), scratch.tiles,
+                    Epilogue<E>{.bias = p.bias,
+                                .relu = p.relu,
+                                .relu_sum = p.relu_sum,
+                                .y = static_cast<E*>(p.y),
+                                .y_at = y_at,
+                                .add = static_cast<const E*>(p.add)});
+  }
+}
+
+// ---- Either way ----
+
 Work plan(const Job& p, int threads) {
   Work work;
-  with_types(p.element, [&](auto operand, auto element) {
+  if (p.method != Method::direct) {
+    with_types(p.precision, [&](auto, auto element) {
+      const TileTasks tasks(p, threads, sizeof element);
+      Scratch scratch(nullptr);
+      TileScratch(p, tasks, scratch);
+      work = {.tasks = tasks.count(p), .scratch = scratch.used()};
+    });
+    return work;
+  }
+  with_types(p.precision, [&](auto operand, auto element) {
     const Geometry g = Geometry::of(p, threads, operand, element);
     Scratch scratch(nullptr);
     Buffers<decltype(operand)>(p, g, scratch);
@@ -365,7 +570,19 @@ Work plan(const Job& p, int threads) {
 }
 
 void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  with_types(p.element, [&](auto operand, auto element) {
+  if (p.method != Method::direct) {
+    with_types(p.precision, [&](auto, auto element) {
+      using E = decltype(element);
+      const TileTasks tasks(p, threads, sizeof(E));
+      Scratch memory(scratch);
+      const TileScratch buffers(p, tasks, memory);
+      with_tiles(p.method, [&](auto tiles) {
+        run_tiles<decltype(tiles), E>(tiles, p, tasks, begin, end, buffers);
+      });
+    });
+    return;
+  }
+  with_types(p.precision, [&](auto operand, auto element) {
     run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
   });
 }
@@ -390,7 +607,8 @@ void each_phase(const ConvTransposeParams& p, F f) {
     const Phase h(i, p.kernel_h, p.stride_h, p.pad_h, p.out_height);
     for (int64_t j = 0; j < p.stride_w; ++j) {
       const Phase w(j, p.kernel_w, p.stride_w, p.pad_w, p.out_width);
-      Job job(ConvParams{.element = p.element,
+      Job job(ConvParams{.precision = p.precision,
+                         .method = Method::direct,
                          .batch = p.batch,
                          .height = p.height,
                          .width = p.width,
@@ -413,7 +631,7 @@ void each_phase(const ConvTransposeParams& p, F f) {
                          .shift = nullptr,
                          .weight = weight,
                          .bias = p.bias});
-      weight += packed_bytes(p.element, p.out, p.in, h.taps, w.taps);
+      weight += packed_bytes(p.precision, Method::direct, p.out, p.in, h.taps, w.taps);
       job.out_height = h.count;
       job.out_width = w.count;
       job.full_height = p.out_height;

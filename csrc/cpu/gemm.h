@@ -47,15 +47,30 @@ struct Tiling;
 
 template <>
 struct Tiling<float> {
-  static constexpr int64_t kGroup = 1;  // slots whose rows must lie evenly spaced
-  static constexpr int64_t kDepth = 1;  // channels come in multiples of this
-  struct Scope {};                      // lives around a task range's products
+  static constexpr int64_t kGroup = 1;       // slots whose rows must lie evenly spaced
+  static constexpr int64_t kDepth = 1;       // channels of A come in multiples of this,
+  static constexpr int64_t kWidth = kLanes;  // those of B of this
+  struct Scope {};                           // lives around a task range's products
 };
 
 // A pixel's channels as an operand: padded with zeros.
 template <class Operand>
 constexpr int64_t padded(int64_t channels) {
   return round_up(channels, Tiling<Operand>::kDepth);
+}
+
+// Whether maps are kept in this type; else it is an operand's alone.
+template <class E>
+constexpr bool is_of_maps = true;
+
+// Into a row of operands, or a pixel of a map: values i, i + 1, ...; and zeros from `first` on.
+template <class E, class Lanes>
+inline void put(E* row, int64_t i, Vec x, Lanes lanes) {
+  store(row + i, x, lanes);
+}
+template <class E>
+inline void clear(E* row, int64_t first, int64_t end) {
+  memset(static_cast<void*>(row + first), 0, (end - first) * sizeof(E));
 }
 
 // Products run over so many slots at a time: enough that a panel of B, once in L2, is used many
@@ -149,22 +164,29 @@ struct Epilogue {
       for (int m = 0; m < M; ++m) sum[m][v] += b;
     }
     if (relu) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
-    if (add) {
-      each_sum([&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
+    if constexpr (is_of_maps<E>) {
+      if (add) {
+        each_sum(
+            [&](Vec& x, int m, int v) { x += load(add + y_at[s + m] + n + v * kLanes, lanes); });
+      }
+      if (relu_sum) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
+      if (low) {
+        each_sum(
+            [&](Vec& x, int m, int v) { x += load(low + low_at[s + m] + n + v * kLanes, lanes); });
+      }
     }
-    if (relu_sum) each_sum([&](Vec& x, int, int) { x = HGFAST_ISA::relu(x); });
-    if (low) {
-      each_sum(
-          [&](Vec& x, int m, int v) { x += load(low + low_at[s + m] + n + v * kLanes, lanes); });
-    }
-    each_sum([&](Vec& x, int m, int v) { store(y + y_at[s + m] + n + v * kLanes, x, lanes); });
+    each_sum([&](Vec& x, int m, int v) { put(y + y_at[s + m], n + v * kLanes, x, lanes); });
   }
 };
 
+// gcc does not see that `total` is read only where it was written.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 // M slots from s0, V registers of channels from n0.
-template <int M, int V, class E>
+template <int M, int V, class Finish>
 void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int64_t n0, int64_t n,
-                   const Epilogue<E>& epilogue) {
+                   const Finish& epilogue) {
   epilogue.prefetch(s0, M, n0, V * kLanes);
   Vec sum[M][V] = {};
   Vec total[M][V];  // in memory: of the chains before this one
@@ -224,30 +246,38 @@ void multiply_tile(const Segment<float>* segment, int segments, int64_t s0, int6
   }
 }
 
-template <class E>
-using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t,
-                              const Epilogue<E>&);
+#pragma GCC diagnostic pop
 
-template <int V, class E, int M = kRows>
-MultiplyTile<E> tile_of(int64_t rows) {
+template <class Finish>
+using MultiplyTile = void (*)(const Segment<float>*, int, int64_t, int64_t, int64_t, const Finish&);
+
+template <int V, class Finish, int M = kRows>
+MultiplyTile<Finish> tile_of(int64_t rows) {
   if constexpr (M > 1) {
-    if (rows < M) return tile_of<V, E, M - 1>(rows);
+    if (rows < M) return tile_of<V, Finish, M - 1>(rows);
   }
-  return multiply_tile<M, V, E>;
+  return multiply_tile<M, V, Finish>;
 }
 
-// All slots by channels n_first, a multiple of kPanel, to n - 1, finished by the epilogue.
-template <class E>
-void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
-          const Epilogue<E>& epilogue) {
+// All slots by channels n_first, a multiple of kPanel, to n - 1.
+template <class Finish>
+void multiply(const Segment<float>* segment, int segments, int64_t slots, int64_t n_first,
+              int64_t n, const Finish& epilogue) {
   // Tiles of even height: two of 7 rows keep the FMA ports busier than one of 12 and one of 2.
   const int64_t rows = ceil_div(slots, ceil_div(slots, kRows));
   for (int64_t n0 = n_first; n0 < n; n0 += kPanel) {
     const bool narrow = n - n0 <= kLanes;
-    const auto choose = narrow ? tile_of<1, E> : tile_of<kVectors, E>;
+    const auto choose = narrow ? tile_of<1, Finish> : tile_of<kVectors, Finish>;
     for (int64_t s0 = 0; s0 < slots; s0 += rows)
       choose(min(rows, slots - s0))(segment, segments, s0, n0, n, epilogue);
   }
+}
+
+// Likewise, finished by the epilogue.
+template <class E>
+void gemm(const Segment<float>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
+          const Epilogue<E>& epilogue) {
+  multiply(segment, segments, slots, n_first, n, epilogue);
 }
 
 // Walks a map in rows: its place, kept by counting, since a division costs as much as a tile's k.
@@ -303,17 +333,27 @@ constexpr Depth depth_of(int64_t in, int64_t kernel_h, int64_t kernel_w) {
 
 namespace hgfast::cpu::HGFAST_ISA {
 
-// What bfloat16 activations are multiplied as.
+// What bfloat16 activations are multiplied as, and float32 ones at "high".
 #if defined(__AMX_TILE__) || defined(HGFAST_AMX_MODEL)
 using Bf16Operand = bf16;
+using HighOperand = bf16x2;
+constexpr const char* kHigh = "bf16x3";
 #else
 using Bf16Operand = float;
+using HighOperand = float;
+constexpr const char* kHigh = "winograd";
 #endif
 
 // Runs f(operand, element) with values of the C++ types.
 template <class F>
-inline void with_types(Element element, F f) {
-  element == Element::float32 ? f(float{}, float{}) : f(Bf16Operand{}, bf16{});
+inline void with_types(Precision precision, F f) {
+  if (precision == Precision::highest) {
+    f(float{}, float{});
+  } else if (precision == Precision::high) {
+    f(HighOperand{}, float{});
+  } else {
+    f(Bf16Operand{}, bf16{});
+  }
 }
 
 }  // namespace hgfast::cpu::HGFAST_ISA

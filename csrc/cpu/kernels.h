@@ -5,12 +5,13 @@
 // which range of tasks and lends each thread 64-byte-aligned scratch. One thread's tasks
 // never read what another's write.
 //
-// The same sources are compiled once per instruction set (see CMakeLists.txt), each into a
+// The same sources are compiled once per instruction set (see cmake/kernels.cmake), each into a
 // namespace of its own, and meet again in one table of functions per instruction set.
 //
 // Activations are dense NHWC: (batch, height, width, channels), channels innermost, stored as
 // float32 or bfloat16. Products accumulate in float32 either way. NaN and infinity travel as
-// they do in PyTorch.
+// they do in PyTorch, but for convolutions by tiles: those subtract neighbours from each other, so
+// there infinities may become NaN, and tiles of 4x4 share their NaN.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +20,18 @@
 namespace hgfast::cpu {
 
 enum class Element : int { float32, bfloat16 };
+
+// How products are formed. The activations follow: bfloat16 at `medium`, else float32.
+enum class Precision : int {
+  highest,  // of float32 operands
+  high,     // float32-grade: whatever is fastest here
+  medium    // of bfloat16 operands
+};
+
+// How a convolution is computed, and what its weights are packed for: the sum over a window as it
+// stands, or, for 3x3 windows at every pixel, Winograd's algorithm on tiles of 2x2 or 4x4 pixels of
+// y (winograd.h).
+enum class Method : int { direct, tiles2, tiles4 };
 
 struct Work {
   int64_t tasks;   // independent pieces, numbered from 0
@@ -29,13 +42,15 @@ struct Work {
 //     [+ low, upsampled x2 by nearest neighbour]
 // pre = relu(scale * x + shift) if scale, else x; act = relu if relu. conv1, conv3: 1x1; conv2:
 // 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
-// are folded into the convolutions.
+// are folded into the convolutions. With `pool`, x stands for the maximum over its 2x2 windows.
 struct BottleneckParams {
-  Element element;
-  bool relu;
-  int64_t batch, height, width;
+  Precision precision;
+  Method method;  // of conv2
+  bool relu, pool;
+  int64_t batch, height, width;    // of y
   int64_t in, middle, out;         // channels
-  const void* x;                   // (batch, height, width, in)
+  int64_t x_height, x_width;       // height and width; with pool twice as much, or one more
+  const void* x;                   // (batch, x_height, x_width, in)
   const void* low;                 // (batch, height / 2, width / 2, out), or null
   void* y;                         // (batch, height, width, out); may not alias x or low
   const float *scale, *shift;      // (in), or null
@@ -43,11 +58,16 @@ struct BottleneckParams {
   const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)
 };
 
+struct Strides {
+  int64_t batch, channels, height, width;  // in elements
+};
+
 // y = act_sum(act(conv(pre(x)) + bias) [+ add]); pre = relu(scale * x + shift) if scale, else x;
 // act = relu if relu, act_sum likewise. Any kernel size, stride, padding, dilation; zero padding
 // applies after pre.
 struct ConvParams {
-  Element element;
+  Precision precision;
+  Method method;
   int64_t batch, height, width;  // of x
   int64_t in, out;               // channels
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -58,6 +78,12 @@ struct ConvParams {
   const float *scale, *shift;  // (in), or null
   const void* weight;          // packed
   const float* bias;           // (out)
+  // Where x is the caller's own map: its layout and element type. It is read as it is, rounded to
+  // the activations' type: for few channels, since every block of pixels lays out anew the rows it
+  // needs.
+  bool as_given = false;
+  Element x_element = Element::float32;
+  Strides x_strides{};
 };
 
 // The transposed convolution: pixel (i, j) of x adds its products with the kernel to the pixels of
@@ -67,7 +93,7 @@ struct ConvParams {
 // Only every stride-th tap of the kernel, from tap r, reaches them: each phase is an ordinary
 // convolution by those taps, in reverse order, and has its weight packed for itself.
 struct ConvTransposeParams {
-  Element element;
+  Precision precision;
   int64_t batch, height, width;   // of x
   int64_t in, out;                // channels
   int64_t out_height, out_width;  // of y
@@ -78,6 +104,25 @@ struct ConvTransposeParams {
   void* y;             // (batch, out_height, out_width, out)
   const void* weight;  // packed, phase by phase: rest (0, 0), (0, 1), ...
   const float* bias;   // (out)
+};
+
+// z = relu(features(x) + b1); heatmaps = maps(z) + b_maps; next = merge(z) + b_next [+ add]: all
+// 1x1. joints or out is 0 where that result is not wanted.
+struct HeadParams {
+  Precision precision;
+  int64_t batch, pixels;            // pixels of an image
+  int64_t in, middle, joints, out;  // channels
+  const void* x;                    // (batch, pixels, in)
+  const void* add;                  // like next, or null
+  void* heatmaps;                   // (batch, pixels, joints)
+  void* next;                       // (batch, pixels, out)
+  const void *w1, *w_maps, *w_next;
+  const float *b1, *b_maps, *b_next;
+  // Where the heatmaps are the caller's own: their layout, in which rows follow each other at the
+  // distance of their pixels, and their element type.
+  bool as_wanted = false;
+  Element maps_element = Element::float32;
+  Strides maps_strides{};
 };
 
 // y = skip + every low, upsampled x1 to x8 by nearest neighbour; then relu if relu.
@@ -115,10 +160,6 @@ struct ConcatParams {
   const void* x[kMaps];  // (pixels, channels[i])
   const void* add;       // like y, or null
   void* y;               // (pixels, sum of the channels)
-};
-
-struct Strides {
-  int64_t batch, channels, height, width;  // in elements
 };
 
 // y = x in another layout, another element type, or both.
@@ -183,11 +224,17 @@ struct DecodeParams {
 // the kernel runs tasks [begin, end).
 struct Kernels {
   const char* name;
+  const char* high;  // how Precision::high multiplies: "winograd" or "bf16x3"
+
+  // The fastest method for a 3x3 convolution with stride and dilation 1 whose y has this size. It
+  // does not depend on batch or threads: neither do the bits of a result.
+  Method (*choose)(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
 
   // A convolution's weight (out, in, kernel_h, kernel_w), float32, into the layout this
-  // instruction set multiplies fastest for activations of `element`. 64-byte aligned.
-  size_t (*packed_bytes)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-  void (*pack)(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+  // instruction set multiplies fastest at this precision. 64-byte aligned.
+  size_t (*packed_bytes)(Precision, Method, int64_t out, int64_t in, int64_t kernel_h,
+                         int64_t kernel_w);
+  void (*pack)(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
                const float* weight, void* packed);
 
   Work (*plan_bottleneck)(const BottleneckParams&, int threads);
@@ -198,6 +245,8 @@ struct Kernels {
   Work (*plan_conv_transpose)(const ConvTransposeParams&, int threads);
   void (*conv_transpose)(const ConvTransposeParams&, int threads, int64_t begin, int64_t end,
                          void* scratch);
+  Work (*plan_head)(const HeadParams&, int threads);
+  void (*head)(const HeadParams&, int threads, int64_t begin, int64_t end, void* scratch);
   Work (*plan_upsample_add)(const UpsampleAddParams&, int threads);
   void (*upsample_add)(const UpsampleAddParams&, int threads, int64_t begin, int64_t end,
                        void* scratch);

@@ -10,13 +10,15 @@ namespace hgfast::cpu::HGFAST_ISA {
 template <class Operand, class E>
 inline void prologue(const E* x, int64_t channels, const float* scale, const float* shift,
                      Operand* y) {
-  if (scale) {
+  if constexpr (!is_of_maps<E>) {  // has been through it
+    memcpy(static_cast<void*>(y), x, channels * sizeof(E));
+  } else if (scale) {
     each(channels, [&](int64_t c, auto lanes) {
-      store(y + c, relu(fma(load(x + c, lanes), load(scale + c, lanes), load(shift + c, lanes))),
-            lanes);
+      put(y, c, relu(fma(load(x + c, lanes), load(scale + c, lanes), load(shift + c, lanes))),
+          lanes);
     });
   } else {
-    each(channels, [&](int64_t c, auto lanes) { store(y + c, load(x + c, lanes), lanes); });
+    each(channels, [&](int64_t c, auto lanes) { put(y, c, load(x + c, lanes), lanes); });
   }
 }
 
@@ -26,7 +28,7 @@ inline void prologue_pixels(const E* x, int64_t pixels, int64_t channels, const 
                             const float* shift, Operand* y, int64_t stride) {
   for (int64_t i = 0; i < pixels; ++i, x += channels, y += stride) {
     prologue(x, channels, scale, shift, y);
-    memset(static_cast<void*>(y + channels), 0, (stride - channels) * sizeof(Operand));
+    clear(y, channels, stride);
   }
 }
 

@@ -1,7 +1,7 @@
 // y = the maximum or the mean of x over windows, one task per few rows of y. Bound by memory: the
 // windows of a network's pools overlap little, and what they share is in the cache.
+#include "maximum.h"
 #include "table.h"
-#include "vec.h"
 
 namespace hgfast::cpu::HGFAST_ISA {
 
@@ -22,26 +22,6 @@ struct Span {
   }
   int64_t size() const { return last - first; }
 };
-
-// One pixel of y from `height` x `width` pixels of x, whose rows lie `pitch` elements apart. Both
-// numbers may be known to the compiler: Sides are integers or Fixed.
-template <int N>
-struct Fixed {
-  constexpr operator int64_t() const { return N; }
-};
-
-template <class E, class Height, class Width>
-void largest(const E* x, int64_t pitch, int64_t channels, Height height, Width width, E* y) {
-  each(channels, [&](int64_t c, auto lanes) {
-    Vec most = load(x + c, lanes);
-    for (int64_t i = 0; i < height; ++i) {
-      for (int64_t j = 0; j < width; ++j) {
-        if (i + j > 0) most = maximum(most, load(x + i * pitch + j * channels + c, lanes));
-      }
-    }
-    store(y + c, most, lanes);
-  });
-}
 
 template <class E>
 void mean(const E* x, int64_t pitch, int64_t channels, int64_t height, int64_t width, float divisor,

@@ -1,6 +1,8 @@
 // The table through which callers reach this instruction set's kernels.
 #include "table.h"
 
+#include "gemm.h"
+
 #define HGFAST_STRING(x) #x
 #define HGFAST_NAME(x) HGFAST_STRING(x)
 
@@ -10,6 +12,8 @@ extern const Kernels table;
 
 const Kernels table = {
     .name = HGFAST_NAME(HGFAST_ISA),
+    .high = kHigh,
+    .choose = choose,
     .packed_bytes = packed_bytes,
     .pack = pack,
     .plan_bottleneck = plan_bottleneck,
@@ -18,6 +22,8 @@ const Kernels table = {
     .conv = conv,
     .plan_conv_transpose = plan_conv_transpose,
     .conv_transpose = conv_transpose,
+    .plan_head = plan_head,
+    .head = head,
     .plan_upsample_add = plan_upsample_add,
     .upsample_add = upsample_add,
     .plan_pool = plan_pool,

@@ -5,9 +5,10 @@
 
 namespace hgfast::cpu::HGFAST_ISA {
 
-size_t packed_bytes(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
-void pack(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w, const float* weight,
-          void* packed);
+Method choose(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
+size_t packed_bytes(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
+void pack(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
+          const float* weight, void* packed);
 
 #define HGFAST_KERNEL(name, Params)             \
   Work plan_##name(const Params&, int threads); \
@@ -16,6 +17,7 @@ void pack(Element, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w, 
 HGFAST_KERNEL(bottleneck, BottleneckParams);
 HGFAST_KERNEL(conv, ConvParams);
 HGFAST_KERNEL(conv_transpose, ConvTransposeParams);
+HGFAST_KERNEL(head, HeadParams);
 HGFAST_KERNEL(upsample_add, UpsampleAddParams);
 HGFAST_KERNEL(pool, PoolParams);
 HGFAST_KERNEL(concat, ConcatParams);

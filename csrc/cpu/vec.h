@@ -84,10 +84,7 @@ inline Halves load_halves(const void* p, Whole) {
   return x;
 }
 inline void store(float* p, Vec x, Whole) { memcpy(p, &x, sizeof x); }
-inline void store(bf16* p, Vec x, Whole) {
-  const Halves halves = to_bf16(x);
-  memcpy(p, &halves, sizeof halves);
-}
+inline void store(bf16* p, Halves x, Whole) { memcpy(p, &x, sizeof x); }
 
 #if defined(__AVX512F__)
 
@@ -97,8 +94,8 @@ inline Halves load_halves(const void* p, Part part) {
   return (Halves)_mm256_maskz_loadu_epi16(mask(part), p);
 }
 inline void store(float* p, Vec x, Part part) { _mm512_mask_storeu_ps(p, mask(part), x); }
-inline void store(bf16* p, Vec x, Part part) {
-  _mm256_mask_storeu_epi16(p, mask(part), (__m256i)to_bf16(x));
+inline void store(bf16* p, Halves x, Part part) {
+  _mm256_mask_storeu_epi16(p, mask(part), (__m256i)x);
 }
 
 #else
@@ -135,7 +132,7 @@ inline void store(float* p, Vec x, Part part) {
   store(from, x, Whole{});
   copy(p, from, part.count);
 }
-inline void store(bf16* p, Vec x, Part part) {
+inline void store(bf16* p, Halves x, Part part) {
   bf16 from[kLanes];
   store(from, x, Whole{});
   copy(p, from, part.count);
@@ -146,6 +143,10 @@ inline void store(bf16* p, Vec x, Part part) {
 template <class Lanes>
 inline Vec load(const bf16* p, Lanes lanes) {
   return from_bf16(load_halves(p, lanes));
+}
+template <class Lanes>
+inline void store(bf16* p, Vec x, Lanes lanes) {
+  store(p, to_bf16(x), lanes);
 }
 
 template <class A, class B>

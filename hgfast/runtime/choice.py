@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hgfast.plan import Plan, Step
@@ -15,7 +16,8 @@ class Executor(Protocol):
     """A Plan bound to one state of its weights. Immutable, safe to call from several threads."""
 
     asynchronous: bool  # whether a run is over before its work is, so that a CUDA graph records it
-    backend: str  # "cpu avx2 float32", "cuda bfloat16": what runs it, the dtype of activations last
+    backend: str  # what runs it and, last, what it multiplies: "cpu avx2 float32", "cpu amx bf16x3"
+    dtype: torch.dtype  # of the activations
     features: frozenset[str]  # of evidence.FEATURES, those that a run uses
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from hgfast.plan import (
     UpsampleAdd,
     output_values,
 )
-from hgfast.runtime import plain
+from hgfast.runtime import fusions, plain
 from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
+from hgfast.runtime.fusions import Head
 
-#: dtype of the arithmetic's operands for a float32 model, by precision. Sums are float32.
-#: "high" has no kernel of its own yet and runs as "highest".
+#: What activations of a float32 model are kept in, by precision. Products are of that type too, but
+#: for "high", which multiplies what is fastest here and exact enough. Sums are float32.
 ELEMENTS = {"highest": "float32", "high": "float32", "medium": "bfloat16"}
 
 
@@ -41,6 +43,16 @@ def unsupported(dtype: torch.dtype) -> str | None:
 def element_of(dtype: torch.dtype, precision: str) -> str:
     """The element type activations are kept in: a bfloat16 model runs in bfloat16."""
     return "bfloat16" if dtype == torch.bfloat16 else ELEMENTS[precision]
+
+
+#: Channels between the convolutions of a head that is one step: a block of their pixels stays in
+#: a core's cache.
+MOST_HEAD_CHANNELS = 512
+
+
+def takes_head(head: Head) -> bool:
+    """Whether a kernel takes what follows an hourglass as one."""
+    return head.channels[1] <= MOST_HEAD_CHANNELS
 
 
 def has_kernel(step: Step) -> bool:
@@ -76,15 +88,17 @@ class CpuExecutor:
         if native is None:
             raise RuntimeError(_native.reason)
         element = element_of(next(iter(weights.values())).dtype, precision)
+        high = element == "float32" and precision == "high"
         self._plan = plan
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
-        self._dtype = getattr(torch, element)
+        self.dtype = getattr(torch, element)
+        self._in_heads: set[int] = set()  # values that heads give, of those in between too
         # Packing is no part of anybody's autograd graph, and inference tensors may be read.
         with torch.inference_mode():
-            self._parts = self._cut(plan, weights, native, element)
-        path = native.CpuPlan(element).path
-        self.backend = f"cpu {path} {element}"
+            self._parts = self._cut(plan, weights, native, element, high)
+        kernels = native.CpuPlan(element, high=high)
+        self.backend = f"cpu {kernels.path} {kernels.products}"
 
     def run(self, inputs: Sequence[Tensor]) -> dict[int, Tensor]:
         """Run on inputs (B, C, H, W); returns the Plan's outputs by value number.
@@ -113,10 +127,12 @@ class CpuExecutor:
 
     def path(self, step: Step) -> str:
         """What runs one step."""
-        return self.backend if has_kernel(step) else f"PyTorch {self._dtype}"
+        if step.output in self._in_heads:
+            return f"{self.backend} head"
+        return self.backend if has_kernel(step) else f"PyTorch {self.dtype}"
 
     def _cut(
-        self, plan: Plan, weights: Mapping[str, Tensor], native: Any, element: str
+        self, plan: Plan, weights: Mapping[str, Tensor], native: Any, element: str, high: bool
     ) -> list[_Native | _Torch]:
         """The Plan's steps in parts, each with the values that nobody needs behind it."""
         groups: list[list[Step]] = []
@@ -129,19 +145,20 @@ class CpuExecutor:
         parts: list[_Native | _Torch] = []
         whole = len(groups) == 1
         arena = native.Arena()  # parts run one after the other
+        begin = partial(native.CpuPlan, element, arena, high)
         for group in reversed(groups):
             made = {step.output for step in group}
             read = dict.fromkeys(n for s in group for n in s.inputs if n not in made)
             dead = tuple(number for number in read if number not in needed)
             if not has_kernel(group[0]):
-                parts.append(_Torch(group[0], weights, self._dtype, dead))
+                parts.append(_Torch(group[0], weights, self.dtype, dead))
             else:
                 inputs = list(plan.inputs) if whole else list(read)
                 outputs = self._outputs if whole else [n for n in sorted(made) if n in needed]
                 as_computed = self._as_computed or not whole
-                packed = _packed(
-                    native, element, group, weights, inputs, outputs, as_computed, arena
-                )
+                heads = fusions.heads(group, inputs, outputs, takes_head)
+                self._in_heads.update(step.output for head in heads for step in head.steps)
+                packed = _packed(begin(), group, heads, weights, inputs, outputs, as_computed)
                 parts.append(_Native(packed, inputs, outputs, dead))
             needed.update(read)
         return parts[::-1]
@@ -202,22 +219,31 @@ def _gathered(steps: Sequence[Step]) -> list[Step]:
 
 
 def _packed(
-    native: Any,
-    element: str,
+    packed: Any,
     steps: Sequence[Step],
+    heads: Sequence[Head],
     weights: Mapping[str, Tensor],
     inputs: list[int],
     outputs: list[int],
     as_computed: bool,
-    arena: Any,
 ) -> Any:
-    packed = native.CpuPlan(element, arena)
+    """The native plan that is begun, with these steps, finished."""
+    pools = fusions.pooled_blocks(steps, outputs, lambda _: True)
+    head_of = {step.output: head for head in heads for step in head.steps}
     for step in steps:
         x, out = step.inputs[0], step.output
+        if out in pools:  # the block behind it pools what it reads
+            continue
+        if out in head_of:
+            if step is head_of[out].features:
+                _pack_head(packed, head_of[out], weights)
+            continue
         extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
             relu = not step.preactivated
-            packed.bottleneck(x, out, *bottleneck_weights(step, weights), extra, relu)
+            pool = x in pools
+            source = pools[x] if pool else x
+            packed.bottleneck(source, out, *bottleneck_weights(step, weights), extra, relu, pool)
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
@@ -241,3 +267,18 @@ def _packed(
             packed.add(x, extra, out, relu=getattr(step, "relu", False))
     packed.finish(inputs, outputs, as_computed)
     return packed
+
+
+def _pack_head(packed: Any, head: Head, weights: Mapping[str, Tensor]) -> None:
+    heatmaps, merge = head.heatmaps, head.merge
+    none = (None, None)
+    y, *others = head.reads
+    packed.head(
+        y,
+        heatmaps.output if heatmaps else None,
+        merge.output if merge else None,
+        *conv_weights(head.features, weights)[:2],
+        *(conv_weights(heatmaps, weights)[:2] if heatmaps else none),
+        *(remerge_weights(merge, weights) if merge else none),
+        *others,
+    )

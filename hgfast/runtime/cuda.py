@@ -9,7 +9,6 @@ skip branches of small batches run beside the rest (:mod:`hgfast.runtime.branche
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,6 @@ from hgfast.plan import (
     Conv,
     Convolution,
     Plan,
-    Pool,
     Remerge,
     Step,
     UpsampleAdd,
@@ -201,7 +199,7 @@ class CudaExecutor:
         if element is None:
             raise ValueError(unsupported(plan, first.dtype, precision, kernels))
         self._plan = plan
-        self._element = element
+        self.dtype = self._element = element
         self._kernels = kernels
         self._as_computed = as_computed
         self._outputs = list(dict.fromkeys(output_values(plan.outputs)))
@@ -360,19 +358,7 @@ class CudaExecutor:
 
         A pooling whose result only one block reads becomes that block's prologue.
         """
-        readers = Counter(number for step in steps for number in step.inputs)
-        readers.update(self._outputs)
-        pools = {
-            step.output: step.inputs[0]
-            for step in steps
-            if isinstance(step, Pool) and _is_prologue(step) and readers[step.output] == 1
-        }
-        fusing = {
-            step.inputs[0]
-            for step in steps
-            if isinstance(step, Bottleneck) and not self._obstacle(step)
-        }
-        pools = {output: x for output, x in pools.items() if output in fusing}
+        pools = fusions.pooled_blocks(steps, self._outputs, lambda s: not self._obstacle(s))
 
         arranged: list[_Launch] = []
         begins: list[Step] = []
@@ -560,11 +546,6 @@ def _one_launch(subtree: Any, reads: int) -> Callable[[Values], Tensor]:
         return result
 
     return launch
-
-
-def _is_prologue(step: Pool) -> bool:
-    """Whether a block's kernel can pool what it reads in this way."""
-    return step.mode == "max" and step.is_half
 
 
 def _has_launch(step: Step) -> bool:

@@ -1,23 +1,52 @@
-"""Steps of a Plan that have one GPU kernel together, or one made for their place in the network.
+"""Steps of a Plan that have one kernel together, or one made for their place in the network.
 
-What is found here can run in these kernels. Whether it does is for :mod:`hgfast.runtime.evidence`
-to say.
+What is found here can run in these kernels. On a GPU it is for :mod:`hgfast.runtime.evidence` to
+say whether it does. On a CPU it always does: tests show that the results are the same bits.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from hgfast.plan import Conv, Remerge, Step
+from hgfast.plan import Bottleneck, Conv, Pool, Remerge, Step
 
-#: Channels that the stem's kernel makes: a multiple of 16, up to this.
+
+def pooled_blocks(
+    steps: Sequence[Step], outputs: Collection[int], fits: Callable[[Bottleneck], bool]
+) -> dict[int, int]:
+    """The 2x2 maxima that a block can take itself of what it reads: nobody else reads them.
+
+    Args:
+        steps: of a Plan.
+        outputs: the values wanted at its end.
+        fits: whether a kernel that pools takes the block.
+
+    Returns:
+        By the number of the maximum, that of the value it is taken of.
+    """
+    readers = Counter(number for step in steps for number in step.inputs)
+    readers.update(outputs)
+    reading = {step.inputs[0] for step in steps if isinstance(step, Bottleneck) and fits(step)}
+    return {
+        step.output: step.inputs[0]
+        for step in steps
+        if isinstance(step, Pool)
+        and step.mode == "max"
+        and step.is_half
+        and step.output in reading
+        and readers[step.output] == 1
+    }
+
+
+#: Channels that a GPU's kernel for the stem makes: a multiple of 16, up to this.
 MOST_STEM_CHANNELS = 64
 
 
 def is_stem(step: Step) -> bool:
-    """Whether the stem's kernel takes this step: 7x7/2 from 3 channels, ReLU behind it."""
+    """Whether a GPU's kernel for the stem takes it: 7x7/2 from 3 channels, ReLU behind it."""
     if not isinstance(step, Conv) or len(step.inputs) != 1:
         return False
     conv, (image, out) = step.conv, step.conv.channels

@@ -299,6 +299,7 @@ class GraphedExecutor:
     ) -> None:
         self.plain = plain
         self.backend = plain.backend
+        self.dtype = plain.dtype
         self.features = plain.features | {"graph"}
         self.failure = ""
         self._pool = pool
