@@ -22,7 +22,7 @@ SETS = [
 ]
 
 
-@pytest.mark.parametrize("what", ["ops", "network"])
+@pytest.mark.parametrize("what", ["ops", "network", "field"])
 @pytest.mark.parametrize("isa", SETS)
 def test_bf16x3(isa: str, what: str) -> None:
     script = Path(__file__).parent / "high_check.py"
