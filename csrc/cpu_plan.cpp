@@ -11,8 +11,8 @@ namespace {
 
 constexpr size_t kLayouts = 8;  // shapes remembered per plan
 
-// Convolutions of fewer channels read an input as it is given: it has no more values than their
-// result has, and they copy the rows they read in any case.
+// Convolutions of fewer channels read an input as it is given: what they lay out is little beside
+// what they multiply, also where two blocks of pixels lay out the same rows.
 constexpr int64_t kFewChannels = 16;
 
 cpu::Element element_named(const std::string& name) {

@@ -202,11 +202,13 @@ def run_step(dtype: torch.dtype, inputs: list[Tensor], step: Callable[[Any, int]
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    """Also where they are NaN, and of zeros the sign."""
+    """Also of zeros the sign; and NaN in the same places, whatever bits these have."""
     assert a.dtype == b.dtype
     assert a.shape == b.shape
+    assert torch.equal(a.isnan(), b.isnan())
     bits = torch.int32 if a.dtype == torch.float32 else torch.int16
-    assert torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    one, other = (x.masked_fill(x.isnan(), 0).contiguous().view(bits) for x in (a, b))
+    assert torch.equal(one, other)
 
 
 def check_pooled_bottleneck(
