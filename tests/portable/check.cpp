@@ -253,6 +253,16 @@ struct Window {
   int64_t stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0, dilation_h = 1, dilation_w = 1;
 };
 
+// The maximum of windows of 2x2.
+Map pooled(const Map& x) {
+  Map y(x.batch, x.height / 2, x.width / 2, x.channels);
+  each(y, [&](int64_t b, int64_t i, int64_t j, int64_t n) {
+    const auto at = [&](int64_t k, int64_t l) { return x.at(b, 2 * i + k, 2 * j + l, n); };
+    y.at(b, i, j, n) = std::fmax(std::fmax(at(0, 0), at(0, 1)), std::fmax(at(1, 0), at(1, 1)));
+  });
+  return y;
+}
+
 Map convolved(const Map& x, const Weight& w, const Window& g) {
   Map y(x.batch, (x.height + 2 * g.pad_h - (w.height - 1) * g.dilation_h - 1) / g.stride_h + 1,
         (x.width + 2 * g.pad_w - (w.width - 1) * g.dilation_w - 1) / g.stride_w + 1, w.out);
@@ -302,19 +312,23 @@ std::string product(Precision precision, Method method) {
 void check_bottleneck(const Kernels& kernels, Precision precision, Method method) {
   struct Case {
     int64_t batch, height, width, in, middle, out;
-    bool norm, project, low, relu;
+    bool norm, project, low, relu, pool = false;
   };
   const Case cases[] = {{2, 9, 12, 24, 20, 24, true, false, false, false},
                         {1, 6, 8, 20, 17, 33, true, true, true, false},
                         {1, 14, 4, 33, 48, 33, false, false, true, true},
                         {3, 1, 1, 1, 1, 1, false, true, false, true},
-                        {1, 3, 67, 16, 16, 40, true, true, false, false}};
+                        {1, 3, 67, 16, 16, 40, true, true, false, false},
+                        {2, 6, 5, 24, 17, 24, true, false, false, true, true}};
   const Element element = element_of(precision);
   for (const Case& c : cases) {
     const std::string what =
         text("bottleneck, %s, %dx%dx%d, channels %d %d %d", product(precision, method).c_str(),
              int(c.batch), int(c.height), int(c.width), int(c.in), int(c.middle), int(c.out));
-    const Map x = Map::random(element, c.batch, c.height, c.width, c.in);
+    const int64_t x_height = c.pool ? 2 * c.height + 1 : c.height;  // the last row falls away
+    const int64_t x_width = c.pool ? 2 * c.width : c.width;
+    const Map given = Map::random(element, c.batch, x_height, x_width, c.in);
+    const Map x = c.pool ? pooled(given) : given;
     const Map low = Map::random(element, c.batch, c.height / 2, c.width / 2, c.out);
     const Weight w1(c.middle, c.in, 1, 1), w2(c.middle, c.middle, 3, 3), w3(c.out, c.middle, 1, 1);
     const Weight wp(c.out, c.in, 1, 1);
@@ -334,7 +348,7 @@ void check_bottleneck(const Kernels& kernels, Precision precision, Method method
         p2(kernels, what, precision, method, w2);
     Packed p3(kernels, what, precision, Method::direct, w3);
     Packed pp(kernels, what, precision, Method::direct, wp);
-    Stored from(element, x.values), half(element, low.values);
+    Stored from(element, given.values), half(element, low.values);
     for (const int threads : {1, 3}) {
       Stored y(element, expected.values.size());
       BottleneckParams p{};
@@ -342,8 +356,11 @@ void check_bottleneck(const Kernels& kernels, Precision precision, Method method
       p.method = method;
       p.relu = c.relu;
       p.batch = c.batch;
-      p.height = p.x_height = c.height;
-      p.width = p.x_width = c.width;
+      p.pool = c.pool;
+      p.height = c.height;
+      p.width = c.width;
+      p.x_height = x_height;
+      p.x_width = x_width;
       p.in = c.in;
       p.middle = c.middle;
       p.out = c.out;
@@ -521,6 +538,55 @@ void check_conv_transpose(const Kernels& kernels, Precision precision) {
       run(what, kernels.plan_conv_transpose, kernels.conv_transpose, p, threads);
       compare(what, y, expected.values, element, tolerance_of(Method::direct));
     }
+  }
+}
+
+void check_head(const Kernels& kernels, Precision precision) {
+  struct Case {
+    int64_t in, middle, joints, out;
+    bool add;
+  };
+  const Case cases[] = {{24, 33, 17, 40, true}, {20, 16, 5, 0, false}, {64, 20, 0, 24, false}};
+  const Element element = element_of(precision);
+  for (const Case& c : cases) {
+    const std::string what =
+        text("head, %s, channels %d %d %d %d", product(precision, Method::direct).c_str(),
+             int(c.in), int(c.middle), int(c.joints), int(c.out));
+    const Map x = Map::random(element, 2, 9, 11, c.in);
+    const Map other = Map::random(element, 2, 9, 11, c.out);
+    const Weight w1(c.middle, c.in, 1, 1);
+    const Weight w_maps(c.joints, c.middle, 1, 1), w_next(c.out, c.middle, 1, 1);
+    Map z = convolved(x, w1, {});
+    relu(z);
+    Map next = convolved(z, w_next, {});
+    if (c.add) add(next, other);
+    const Map maps = convolved(z, w_maps, {});
+    Packed p1(kernels, what, precision, Method::direct, w1);
+    Packed p_maps(kernels, what, precision, Method::direct, w_maps);
+    Packed p_next(kernels, what, precision, Method::direct, w_next);
+    Stored from(element, x.values), more(element, other.values);
+    Stored heatmaps(element, maps.values.size()), to(element, next.values.size());
+    HeadParams p{};
+    p.precision = precision;
+    p.batch = 2;
+    p.pixels = 9 * 11;
+    p.in = c.in;
+    p.middle = c.middle;
+    p.joints = c.joints;
+    p.out = c.out;
+    p.x = from.data();
+    p.add = c.add ? more.data() : nullptr;
+    p.heatmaps = heatmaps.data();
+    p.next = to.data();
+    p.w1 = p1.memory.data();
+    p.b1 = w1.bias.data();
+    p.w_maps = p_maps.memory.data();
+    p.b_maps = w_maps.bias.data();
+    p.w_next = p_next.memory.data();
+    p.b_next = w_next.bias.data();
+    run(what, kernels.plan_head, kernels.head, p, 3);
+    if (c.joints) compare(what, heatmaps, maps.values, element, 2e-6);
+    if (c.out) compare(what, to, next.values, element, 2e-6);
   }
 }
 
@@ -747,6 +813,7 @@ void check(const Kernels& kernels) {
       check_conv(kernels, precision, method);
     }
     check_conv_transpose(kernels, precision);
+    check_head(kernels, precision);
   }
   for (const Element element : {Element::float32, Element::bfloat16}) {
     check_upsample_add(kernels, element);
