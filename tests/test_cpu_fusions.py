@@ -296,11 +296,11 @@ class Recorder:
 
     steps: list[str]
 
-    def __init__(self, *args: Any) -> None:
-        self._plan = native.CpuPlan(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._plan = native.CpuPlan(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("finish", "run", "path"):
+        if name not in ("finish", "run", "path", "products"):
             self.steps.append(name)
         return getattr(self._plan, name)
 

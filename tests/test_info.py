@@ -104,7 +104,7 @@ def test_a_forced_instruction_set_is_named():
     compiled()
     shown = rows(run("info", HGFAST_CPU_ISA="portable").stdout)
     assert shown["kernel set used"] == "portable (HGFAST_CPU_ISA=portable)"
-    assert shown['products at "high"'] == "float32"
+    assert shown['products at "high"'] == "winograd"
 
 
 def test_an_unknown_forced_instruction_set_is_explained():
