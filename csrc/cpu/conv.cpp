@@ -240,8 +240,7 @@ void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top
   const int64_t inside = rows.size() * columns.size();
   // Zeros where nothing will be written, if that is at the end, as within the map.
   const int64_t written = inside == p.kernel_h * p.kernel_w && tap == p.in ? inside * tap : 0;
-  if (inside * p.in != depth.total())
-    memset(static_cast<void*>(a + written), 0, (depth.total() - written) * sizeof(Operand));
+  if (inside * p.in != depth.total()) clear(a, written, depth.total());
   if (inside == 0) return;
   const int64_t step = p.dilation_w * p.in;
   for (int64_t y = rows.first; y < rows.last; ++y) {
