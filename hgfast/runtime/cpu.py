@@ -23,7 +23,7 @@ from hgfast.plan import (
     output_values,
 )
 from hgfast.runtime import plain
-from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights
+from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights, unfolded
 
 #: What activations of a float32 model are kept in, by precision. Products are of that type too, but
 #: for "high", which multiplies what is fastest here and exact enough. Sums are float32.
@@ -215,8 +215,13 @@ def _packed(
         x, out = step.inputs[0], step.output
         extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
+            scale, shift, w1, b1, _, *rest = bottleneck_weights(step, weights)
+            norm = step.norms[2 if step.preactivated else 1]
+            w2, factor = unfolded(step.convs[1], norm, weights)
             relu = not step.preactivated
-            packed.bottleneck(x, out, *bottleneck_weights(step, weights), extra, relu)
+            packed.bottleneck(
+                x, out, scale, shift, w1, b1, w2, *rest, extra, relu, w2_factor=factor
+            )
         elif isinstance(step, Conv):
             weight, bias, scale, shift = conv_weights(step, weights)
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
@@ -224,7 +229,9 @@ def _packed(
             if conv.transposed:
                 packed.conv_transpose(x, out, weight, bias, *where, conv.output_padding, *behind)
             else:
-                packed.conv(x, out, weight, bias, scale, shift, *where, conv.dilation, *behind)
+                weight, factor = unfolded(conv, step.norm_after, weights)
+                windows = *where, conv.dilation
+                packed.conv(x, out, weight, bias, scale, shift, *windows, *behind, factor=factor)
         elif isinstance(step, Remerge):
             packed.conv(x, out, *remerge_weights(step, weights), add=extra)
         elif isinstance(step, Pool):
