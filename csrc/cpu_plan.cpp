@@ -14,7 +14,7 @@ constexpr size_t kLayouts = 8;  // shapes remembered per plan
 // Bytes of values: a batch that needs more runs in pieces, each of an image for every thread at
 // least. So memory does not grow with the batch, and what one step writes is still in the
 // last-level cache when the next one reads it; but every piece reads all weights.
-constexpr size_t kArena = 32 << 20;
+constexpr size_t kArena = 16 << 20;
 
 cpu::Element element_named(const std::string& name) {
   TORCH_CHECK_VALUE(name == "float32" || name == "bfloat16",
