@@ -59,24 +59,32 @@ inline at::Tensor own_floats(const at::Tensor& tensor) {
   return tensor.detach().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).contiguous();
 }
 
+// A weight in the kernels' layout. A BatchNorm's factor for each output channel is folded into it
+// in float64, and rounded once.
 inline at::Tensor pack_weight(const cpu::Kernels& kernels, cpu::Precision precision,
-                              const at::Tensor& weight, cpu::Method method = cpu::Method::direct) {
-  const at::Tensor plain = weight.detach().to(at::kFloat).contiguous();
-  const auto out = plain.size(0), in = plain.size(1), height = plain.size(2), width = plain.size(3);
+                              const at::Tensor& weight, cpu::Method method = cpu::Method::direct,
+                              const std::optional<at::Tensor>& factor = std::nullopt) {
+  const auto out = weight.size(0), in = weight.size(1), height = weight.size(2),
+             width = weight.size(3);
   const auto bytes =
       static_cast<int64_t>(kernels.packed_bytes(precision, method, out, in, height, width));
-  at::Tensor packed = at::empty({bytes}, at::kByte);
+  // What stays is allocated before what goes, or the heap would be left with holes.
+  at::Tensor packed = at::empty({bytes}, at::kByte), plain = weight.detach();
+  if (factor) plain = plain.to(at::kDouble) * factor->detach().to(at::kDouble).view({-1, 1, 1, 1});
+  plain = plain.to(at::kFloat).contiguous();
   kernels.pack(precision, method, out, in, height, width, plain.const_data_ptr<float>(),
                packed.mutable_data_ptr());
   return packed;
 }
 
 // The weight of a 3x3 convolution with stride and dilation 1, packed for each method that a shape
-// has asked for.
+// has asked for. The weight itself is not copied, since a network's are a hundred megabytes: it is
+// read again when a shape asks for another method, and must not change until then.
 class DenseWeight {
  public:
   DenseWeight() = default;
-  explicit DenseWeight(const at::Tensor& weight) : plain_(own_floats(weight)) {}
+  DenseWeight(const at::Tensor& weight, const std::optional<at::Tensor>& factor)
+      : plain_(weight.detach()), factor_(factor) {}
   explicit operator bool() const { return plain_.defined(); }
 
   // The method for a map of this size, and the weight for it. Not for two threads at once.
@@ -84,14 +92,22 @@ class DenseWeight {
                                          int64_t height, int64_t width) const {
     const auto method = kernels.choose(precision, height, width, plain_.size(1), plain_.size(0));
     at::Tensor& packed = packed_[static_cast<size_t>(method)];
-    if (!packed.defined()) packed = pack_weight(kernels, precision, plain_, method);
+    if (!packed.defined()) packed = pack_weight(kernels, precision, plain_, method, factor_);
     return {method, packed.const_data_ptr()};
   }
 
  private:
   at::Tensor plain_;
+  std::optional<at::Tensor> factor_;
   mutable std::array<at::Tensor, 3> packed_;  // by method
 };
+
+inline void check_factor(const std::string& where, const char* name,
+                         const std::optional<at::Tensor>& factor, int64_t channels) {
+  TORCH_CHECK_VALUE(!factor || (factor->dim() == 1 && factor->size(0) == channels &&
+                                factor->device().is_cpu() && factor->is_floating_point()),
+                    where, ": expected ", name, " of ", channels, " numbers on the CPU");
+}
 
 // A bottleneck's weights, checked and packed; the parameters lack only the maps and their sizes.
 struct BottleneckWeights {
@@ -105,7 +121,7 @@ struct BottleneckWeights {
                     const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& middle_weight,
                     const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                     const std::optional<at::Tensor>& wp, const std::optional<at::Tensor>& bp,
-                    bool relu)
+                    bool relu, const std::optional<at::Tensor>& w2_factor = std::nullopt)
       : kernels(kernels) {
     const auto [in, middle, out] =
         check_bottleneck(where, at::kCPU, scale, shift, w1, b1, middle_weight, b2, w3, b3, wp, bp);
@@ -127,7 +143,8 @@ struct BottleneckWeights {
     }
     params.w1 = packed(w1);
     params.b1 = floats(b1);
-    w2 = DenseWeight(middle_weight);
+    check_factor(where, "w2_factor", w2_factor, middle);
+    w2 = DenseWeight(middle_weight, w2_factor);
     params.b2 = floats(b2);
     params.w3 = packed(w3);
     params.b3 = floats(b3);
@@ -166,9 +183,10 @@ struct ConvWeights {
               const at::Tensor& weight, const at::Tensor& bias,
               const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool relu,
-              bool relu_sum)
+              bool relu_sum, const std::optional<at::Tensor>& factor = std::nullopt)
       : kernels(kernels) {
     check_conv(where, at::kCPU, weight, bias, scale, shift, stride, padding, dilation);
+    check_factor(where, "factor", factor, weight.size(0));
     params.precision = precision;
     params.out = weight.size(0);
     params.in = weight.size(1);
@@ -184,9 +202,9 @@ struct ConvWeights {
     params.relu_sum = relu_sum;
     const auto all = [](at::IntArrayRef pair, int64_t n) { return pair[0] == n && pair[1] == n; };
     if (all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1)) {
-      dense = DenseWeight(weight);
+      dense = DenseWeight(weight, factor);
     } else {
-      owned[0] = pack_weight(kernels, precision, weight);
+      owned[0] = pack_weight(kernels, precision, weight, cpu::Method::direct, factor);
       params.weight = owned[0].const_data_ptr();
     }
     owned[1] = own_floats(bias);

@@ -15,6 +15,11 @@ constexpr size_t kLayouts = 8;  // shapes remembered per plan
 // what they multiply, also where two blocks of pixels lay out the same rows.
 constexpr int64_t kFewChannels = 16;
 
+// Bytes of values: a batch that needs more runs in pieces, each of an image for every thread at
+// least. So memory does not grow with the batch, and what one step writes is still in the
+// last-level cache when the next one reads it; but every piece reads all weights.
+constexpr size_t kArena = 16 << 20;
+
 cpu::Element element_named(const std::string& name) {
   TORCH_CHECK_VALUE(name == "float32" || name == "bfloat16",
                     "CpuPlan: expected the element \"float32\" or \"bfloat16\", given \"", name,
@@ -131,11 +136,12 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
                          const OptionalTensor& shift, const at::Tensor& w1, const at::Tensor& b1,
                          const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
                          const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
-                         std::optional<Id> low, bool relu, bool pool) {
+                         std::optional<Id> low, bool relu, bool pool,
+                         const OptionalTensor& w2_factor) {
   const char* op = "bottleneck";
   const std::string place = where(op);
   const auto weights = std::make_shared<const BottleneckWeights>(
-      place, kernels_, precision_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu);
+      place, kernels_, precision_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu, w2_factor);
   const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
   std::vector<Slot> reads = {x};
   if (low) reads.push_back(half);
@@ -157,12 +163,13 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
 
 void CpuPlan::conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
                    const OptionalTensor& scale, const OptionalTensor& shift, Pair stride,
-                   Pair padding, Pair dilation, bool relu, std::optional<Id> add, bool relu_sum) {
+                   Pair padding, Pair dilation, bool relu, std::optional<Id> add, bool relu_sum,
+                   const OptionalTensor& factor) {
   const char* op = "conv";
   const std::string place = where(op);
   const auto weights = std::make_shared<const ConvWeights>(
       place, kernels_, precision_, weight, bias, scale, shift, both(stride), both(padding),
-      both(dilation), relu, relu_sum);
+      both(dilation), relu, relu_sum, factor);
   const Slot x = value(input), y = value(output), other = add ? value(*add) : -1;
   std::vector<Slot> reads = {x};
   if (add) reads.push_back(other);
@@ -444,12 +451,13 @@ void CpuPlan::finish(const std::vector<Id>& inputs, const std::vector<Id>& outpu
 
 // ---- layouts ----
 
-std::shared_ptr<const CpuPlan::Layout> CpuPlan::layout_for(
-    const std::vector<at::Tensor>& inputs) const {
+std::shared_ptr<const CpuPlan::Layout> CpuPlan::layout_for(const std::vector<at::Tensor>& inputs,
+                                                           bool to_nchw) const {
   // All that a layout depends on, and nothing that is not cheap to ask at every call.
   std::vector<int64_t> key;
   key.reserve(2 + 12 * inputs.size());
   key.push_back(at::get_num_threads());
+  key.push_back(to_nchw);
   for (const at::Tensor& input : inputs) {
     key.push_back(static_cast<int64_t>(input.scalar_type()));
     key.push_back(static_cast<int64_t>(input.device().type()));
@@ -464,13 +472,14 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::layout_for(
   if (found != layouts_.end()) {
     std::rotate(layouts_.begin(), found, found + 1);
   } else {
-    layouts_.insert(layouts_.begin(), make_layout(inputs, std::move(key)));
+    layouts_.insert(layouts_.begin(), make_layout(inputs, to_nchw, std::move(key)));
     if (layouts_.size() > kLayouts) layouts_.pop_back();
   }
   return layouts_.front();
 }
 
 std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at::Tensor>& inputs,
+                                                            bool to_nchw,
                                                             std::vector<int64_t> key) const {
   auto layout = std::make_shared<Layout>();
   layout->key = std::move(key);
@@ -517,7 +526,6 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
   }
 
   const at::Tensor& first = inputs.front();
-  const bool to_nchw = !as_computed_ && is_nchw(first);
   const cpu::Element to = as_computed_ ? element_ : element_of(first);
   const auto export_of = [&](Slot slot) {
     const auto found = std::find(distinct_outputs_.begin(), distinct_outputs_.end(), slot);
@@ -572,6 +580,16 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
     layout->parallel |= layout->threads > 1 && launch.work.tasks > 1;
   }
   layout->turns = layout->parallel ? launches.size() * Turn::bytes(layout->threads) : 0;
+
+  const int64_t batch = layout->piece = first.size(0);
+  const bool alike = std::all_of(inputs.begin(), inputs.end(),
+                                 [&](const at::Tensor& input) { return input.size(0) == batch; });
+  if (alike && layout->arena > kArena) {
+    const auto image = static_cast<int64_t>(layout->arena) / batch;
+    const auto most = std::max<int64_t>(layout->threads, static_cast<int64_t>(kArena) / image);
+    const int64_t pieces = (batch + most - 1) / most;
+    layout->piece = (batch + pieces - 1) / pieces;
+  }
   return layout;
 }
 
@@ -670,50 +688,69 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
   TORCH_CHECK(finished_, "CpuPlan: the plan is not finished");
   TORCH_CHECK_VALUE(inputs.size() == inputs_.size(), "CpuPlan: expected ", inputs_.size(),
                     " inputs, given ", inputs.size());
-  const auto layout = layout_for(inputs);
   const at::Tensor& first = inputs.front();
   const bool to_nchw = !as_computed_ && is_nchw(first);
+  const auto layout = layout_for(inputs, to_nchw);
   const auto format = to_nchw ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
   auto options = first.options();
   if (as_computed_)
     options = options.dtype(element_ == cpu::Element::float32 ? at::kFloat : at::kBFloat16);
 
-  const size_t values = id_of_.size();
-  std::vector<void*> slots(values + inputs.size() + distinct_outputs_.size(), nullptr);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    // Kernels never write to what they read.
-    void* data = const_cast<void*>(inputs[i].const_data_ptr());
-    slots[values + i] = data;
-    if (layout->direct[i]) slots[inputs_[i]] = data;
-  }
   std::vector<at::Tensor> distinct;
-  distinct.reserve(distinct_outputs_.size());
+  std::vector<void*> results;
   for (const Output& output : layout->outputs) {
-    at::Tensor result = at::empty(output.shape.sizes(), options, format);
-    if (defined_by_[output.value] < 0) {
+    at::Tensor& result = distinct.emplace_back(at::empty(output.shape.sizes(), options, format));
+    const bool is_computed = defined_by_[output.value] >= 0;
+    if (!is_computed) {
       const auto input = std::find(inputs_.begin(), inputs_.end(), output.value);
       result.copy_(inputs[input - inputs_.begin()].detach());
-    } else {
-      void* data = result.mutable_data_ptr();
-      slots[values + inputs.size() + distinct.size()] = data;
-      if (output.direct) slots[output.value] = data;
     }
-    distinct.push_back(std::move(result));
+    results.push_back(is_computed ? result.mutable_data_ptr() : nullptr);
   }
 
-  if (!layout->launches.empty()) {
-    Arena::Block block = arena_->take(layout->bytes());
-    char* base = static_cast<char*>(block.memory.get());
-    for (size_t value = 0; value < values; ++value)
-      if (layout->offsets[value] >= 0) slots[value] = base + layout->offsets[value];
-    execute(*layout, slots.data(), base + layout->arena);
-    arena_->give(std::move(block));
-    if (layout->last_op) last_path() = {kernels_.name, layout->last_op};
+  const int64_t batch = first.size(0);
+  if (layout->piece == batch) {
+    run_layout(*layout, inputs, results);
+  } else {
+    std::vector<at::Tensor> piece(inputs.size());
+    for (int64_t begin = 0; begin < batch; begin += layout->piece) {
+      const int64_t count = std::min(layout->piece, batch - begin);
+      for (size_t i = 0; i < inputs.size(); ++i) piece[i] = inputs[i].narrow(0, begin, count);
+      run_layout(*layout_for(piece, to_nchw), piece, results);
+      for (size_t i = 0; i < results.size(); ++i)
+        if (results[i])
+          results[i] = static_cast<char*>(results[i]) + count * distinct[i].nbytes() / batch;
+    }
   }
   std::vector<at::Tensor> outputs;
   outputs.reserve(output_index_.size());
   for (const size_t index : output_index_) outputs.push_back(distinct[index]);
   return outputs;
+}
+
+// `results`: where each distinct output goes, dense; null for one that is an input.
+void CpuPlan::run_layout(const Layout& layout, const std::vector<at::Tensor>& inputs,
+                         const std::vector<void*>& results) const {
+  if (layout.launches.empty()) return;
+  const size_t values = id_of_.size();
+  std::vector<void*> slots(values + inputs.size() + results.size(), nullptr);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    // Kernels never write to what they read.
+    void* data = const_cast<void*>(inputs[i].const_data_ptr());
+    slots[values + i] = data;
+    if (layout.direct[i]) slots[inputs_[i]] = data;
+  }
+  for (size_t i = 0; i < results.size(); ++i) {
+    slots[values + inputs.size() + i] = results[i];
+    if (layout.outputs[i].direct) slots[layout.outputs[i].value] = results[i];
+  }
+  Arena::Block block = arena_->take(layout.bytes());
+  char* base = static_cast<char*>(block.memory.get());
+  for (size_t value = 0; value < values; ++value)
+    if (layout.offsets[value] >= 0) slots[value] = base + layout.offsets[value];
+  execute(layout, slots.data(), base + layout.arena);
+  arena_->give(std::move(block));
+  if (layout.last_op) last_path() = {kernels_.name, layout.last_op};
 }
 
 }  // namespace hgfast

@@ -5,7 +5,8 @@
 // eight are kept) a layout is worked out once: the shape of every value, how each kernel splits
 // into tasks, and where in one arena each value lives, by first fit over lifetimes, so that a whole
 // network needs little more memory than its widest moment. Arenas come from a pool: fresh pages
-// cost milliseconds. Plans that run one after the other can share one.
+// cost milliseconds. Plans that run one after the other can share one. A batch that would need a
+// large arena runs in pieces.
 //
 // A run opens one parallel region, in which every thread walks the steps (cpu_team.h): cheaper than
 // to start and end the threads' work for every step. No Tensor is created but the outputs.
@@ -54,15 +55,18 @@ class CpuPlan {
   explicit CpuPlan(const std::string& element, std::shared_ptr<Arena> arena = nullptr,
                    bool high = false);
 
-  // Formulas in cpu/kernels.h; settings as torch.nn.functional has them.
+  // Formulas in cpu/kernels.h; settings as torch.nn.functional has them. w2 and weight are
+  // multiplied by a factor (out) per output channel, if there is one. They are not copied and must
+  // keep their values while the plan is in use.
   void bottleneck(Id input, Id output, const OptionalTensor& scale, const OptionalTensor& shift,
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                   const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
-                  bool relu, bool pool);
+                  bool relu, bool pool, const OptionalTensor& w2_factor);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
             const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
-            Pair dilation, bool relu, std::optional<Id> add, bool relu_sum);
+            Pair dilation, bool relu, std::optional<Id> add, bool relu_sum,
+            const OptionalTensor& factor);
   void conv_transpose(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
                       Pair stride, Pair padding, Pair output_padding, bool relu,
                       std::optional<Id> add, bool relu_sum);
@@ -131,6 +135,7 @@ class CpuPlan {
     std::vector<bool> direct;      // per input: its memory serves as the value's
     std::vector<int64_t> offsets;  // per value, in the arena; -1: lives elsewhere, or nowhere
     std::vector<Output> outputs;   // one per distinct output
+    int64_t piece = 0;             // images that run at once
     int threads = 1;
     bool parallel = false;
     size_t arena = 0, scratch = 0, turns = 0;  // bytes; scratch per thread
@@ -144,10 +149,13 @@ class CpuPlan {
   void record(const char* op, std::vector<Slot> reads, const std::vector<Id>& outputs,
               std::function<Launch(const std::vector<Shape>&, int threads)> launch);
 
-  std::shared_ptr<const Layout> layout_for(const std::vector<at::Tensor>& inputs) const;
-  std::shared_ptr<const Layout> make_layout(const std::vector<at::Tensor>& inputs,
+  std::shared_ptr<const Layout> layout_for(const std::vector<at::Tensor>& inputs,
+                                           bool to_nchw) const;
+  std::shared_ptr<const Layout> make_layout(const std::vector<at::Tensor>& inputs, bool to_nchw,
                                             std::vector<int64_t> key) const;
   static void place(Layout& layout, const std::vector<Shape>& shapes, int64_t element_bytes);
+  void run_layout(const Layout& layout, const std::vector<at::Tensor>& inputs,
+                  const std::vector<void*>& results) const;
   static void execute(const Layout& layout, Slots slots, char* scratch);
 
   const cpu::Kernels& kernels_;

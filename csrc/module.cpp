@@ -51,11 +51,11 @@ void bind_cpu_plan(py::module_& m) {
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
            arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
-           arg("relu") = false, arg("pool") = false)
+           arg("relu") = false, arg("pool") = false, arg("w2_factor") = py::none())
       .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
            arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(), arg("stride") = one,
            arg("padding") = zero, arg("dilation") = one, arg("relu") = false,
-           arg("add") = py::none(), arg("relu_sum") = false)
+           arg("add") = py::none(), arg("relu_sum") = false, arg("factor") = py::none())
       .def("conv_transpose", translated(&CpuPlan::conv_transpose), arg("input"), arg("output"),
            arg("weight"), arg("bias"), arg("stride") = one, arg("padding") = zero,
            arg("output_padding") = zero, arg("relu") = false, arg("add") = py::none(),

@@ -78,6 +78,33 @@ def test_a_plan_gives_what_its_ops_give() -> None:
     assert native.last_path() == plan.path + "/conv"
 
 
+@pytest.mark.parametrize("size", [3, 6, 40])
+def test_factors_are_folded_into_weights(size: int) -> None:
+    """In float64, rounded once; for every size, after other sizes, from weights of any layout."""
+    factor = torch.rand(32, dtype=torch.float64) + 0.5
+    w, block = conv_weights(32, 32, (3, 3)), bottleneck_weights(32, 32, 32)
+    half = conv_weights(32, 32, (1, 1), norm=False)
+
+    def folded(weight: Tensor) -> Tensor:
+        return (weight.double() * factor[:, None, None, None]).float()
+
+    def begun(factor: Tensor | None, w3: Tensor, w2: Tensor, w1: Tensor) -> Any:
+        plan = native.CpuPlan("float32", high=True)
+        plan.conv(0, 1, **{**w, "weight": w3}, padding=(1, 1), factor=factor)
+        plan.bottleneck(1, 2, **{**block, "w2": w2}, w2_factor=factor)
+        plan.conv(2, 3, **{**half, "weight": w1}, factor=factor)
+        plan.finish([0], [1, 3])
+        return plan
+
+    weights = w["weight"], block["w2"], half["weight"]
+    plan = begun(factor, *(v.to(memory_format=torch.channels_last) for v in weights))
+    expected = begun(None, *map(folded, weights))
+    plan.run([random_map(1, 32, 9, 9)])
+    x = random_map(2, 32, size, size)
+    for one, other in zip(plan.run([x]), expected.run([x]), strict=True):
+        assert torch.equal(one, other)
+
+
 W = conv_weights(16, 8, (3, 3))
 
 
@@ -296,6 +323,10 @@ def begun() -> Any:
                 1, 2, **{**bottleneck_weights(8, 4, 8), "w2": torch.zeros(4, 4, 1, 1)}
             ),
             r"step 1 \(bottleneck\): expected w2 of shape \[4, 4, 3, 3\], given \[4, 4, 1, 1\]",
+        ),
+        (
+            lambda p: p.conv(1, 2, torch.zeros(4, 3, 3, 3), torch.zeros(4), factor=torch.ones(3)),
+            r"step 1 \(conv\): expected factor of 4 numbers on the CPU",
         ),
         (lambda p: p.finish([], [1]), r"at least one input and one output, given 0 and 1"),
         (lambda p: p.finish([5], [1]), r"step 0 \(pool\): value 0 is neither an input nor"),

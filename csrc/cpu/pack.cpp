@@ -96,13 +96,14 @@ void pack_tiles(const float* weight, int64_t out, int64_t in, float* packed) {
 
 }  // namespace
 
-// What the products take, in turns of the FMA units, and the weights on their way from beyond the
-// second-level cache. The transforms add a tenth and a sixth.
+// What the products take, in turns of the FMA units, and the weights on their way from memory: a
+// network's do not fit into a cache. The transforms add a tenth and a sixth. The larger weights
+// have to save a ninth, since they are the larger part of a network's memory.
 Method choose(Precision precision, int64_t height, int64_t width, int64_t in, int64_t out) {
   Method best = Method::direct;
   with_types(precision, [&](auto operand, auto) {
     if (!is_same<decltype(operand), float> || min(in, out) < kFewestChannels) return;
-    constexpr int64_t kBytesPerCycle = 8, kPerCycle = 2 * kLanes;
+    constexpr int64_t kBytesPerCycle = 4, kPerCycle = 2 * kLanes;
     const int64_t pairs = in * out;
     const auto cycles = [&](int64_t products, int64_t weights) {
       return products * pairs / kPerCycle +
@@ -114,10 +115,9 @@ Method choose(Precision precision, int64_t height, int64_t width, int64_t in, in
                     places);
     };
     const int64_t direct = cycles(9 * height * width, 9), two = by_tiles(2, 110);
-    const int64_t four = precision == Precision::highest ? INT64_MAX : by_tiles(4, 117);
-    best = direct <= min(two, four) ? Method::direct
-           : two <= four            ? Method::tiles2
-                                    : Method::tiles4;
+    const int64_t four = precision == Precision::highest ? INT64_MAX / 2 : by_tiles(4, 117);
+    if (two + two / 8 < direct) best = Method::tiles2;
+    if (four + four / 8 < min(direct, two)) best = Method::tiles4;
   });
   return best;
 }

@@ -60,6 +60,13 @@ def fold(conv: Convolution, norm: Norm | None, weights: Weights) -> tuple[Tensor
     return weight.float(), bias.float()
 
 
+def unfolded(
+    conv: Convolution, norm: Norm | None, weights: Weights
+) -> tuple[Tensor, Tensor | None]:
+    """The weight as it is, and the float64 factors (out,) with which :func:`fold` multiplies it."""
+    return weights[conv.weight], None if norm is None else affine(norm, weights)[0]
+
+
 def bottleneck_weights(step: Bottleneck, weights: Weights) -> tuple[Any, ...]:
     """scale, shift, w1, b1, w2, b2, w3, b3, wp, bp as the bottleneck op takes them."""
     norm1, norm2, norm3 = step.norms
