@@ -20,7 +20,7 @@ import hgfast
 from hgfast._bf16x3 import Bf16x3
 from hgfast.models import hourglass
 from hgfast.region import regions_of
-from hgfast.runtime import folding
+from hgfast.runtime import cpu, folding
 from tests.networks import PreactBlock, randomise
 
 PRECISIONS = ("highest", "high", "medium")
@@ -492,17 +492,26 @@ def blocks() -> nn.Module:
     return randomise(Blocks()).eval()
 
 
+def spoil_weights(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[..., Tensor]) -> None:
+    """Pack what ``spoiled(weight, conv, weights)`` makes of a convolution's weight."""
+
+    def spoil_results_of(function: Any) -> Any:
+        def call(conv: Any, norm: Any, weights: Any) -> Any:
+            weight, other = function(conv, norm, weights)
+            return spoiled(weight, conv, weights), other
+
+        return call
+
+    monkeypatch.setattr(folding, "fold", spoil_results_of(folding.fold))
+    monkeypatch.setattr(cpu, "unfolded", spoil_results_of(cpu.unfolded))
+
+
 def spoil(name: str, monkeypatch: pytest.MonkeyPatch, by: float) -> None:
     """Pack one convolution's weights wrongly."""
-    fold = folding.fold
-
-    def spoiled(conv: Any, *args: Any) -> Any:
-        weight, bias = fold(conv, *args)
-        if conv.name == name:
-            weight = weight * (1 + by)
-        return weight, bias
-
-    monkeypatch.setattr(folding, "fold", spoiled)
+    spoil_weights(
+        monkeypatch,
+        lambda weight, conv, _: weight * (1 + by) if conv.name == name else weight,
+    )
 
 
 @pytest.mark.parametrize(
@@ -540,16 +549,15 @@ def test_a_wrongly_packed_step_is_named(
 def test_a_wrongly_packed_block_region_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = blocks(), torch.randn(1, 3, 9, 7)
     # Of a region the names are its own: the second conv2 that is packed is that of `second`.
-    fold, seen = folding.fold, []
+    seen = []
 
-    def spoiled(conv: Any, norm: Any, weights: Any) -> Any:
-        weight, bias = fold(conv, norm, weights)
-        if torch.equal(weights[conv.weight], model.second.conv2.weight):
-            seen.append(conv.name)
-            weight = weight * 1.01
-        return weight, bias
+    def spoiled(weight: Tensor, conv: Any, weights: Any) -> Tensor:
+        if not torch.equal(weights[conv.weight], model.second.conv2.weight):
+            return weight
+        seen.append(conv.name)
+        return weight * 1.01
 
-    monkeypatch.setattr(folding, "fold", spoiled)
+    spoil_weights(monkeypatch, spoiled)
     fast = hgfast.optimize(model)
     assert [region.name for region in regions_of(fast)] == ["first", "second", "third"]
     result = hgfast.verify(model, fast, x)
