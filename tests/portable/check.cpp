@@ -558,6 +558,7 @@ void check_head(const Kernels& kernels, Precision precision) {
     const Weight w_maps(c.joints, c.middle, 1, 1), w_next(c.out, c.middle, 1, 1);
     Map z = convolved(x, w1, {});
     relu(z);
+    for (double& value : z.values) value = rounded(value, element);  // as between two steps
     Map next = convolved(z, w_next, {});
     if (c.add) add(next, other);
     const Map maps = convolved(z, w_maps, {});
