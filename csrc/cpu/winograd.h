@@ -8,7 +8,7 @@
 // and 4 times for m = 4. The transforms are additions over a pixel's channels, a tenth of the work.
 //
 // What is multiplied are sums of inputs and sums of weights, so rounding errors are relative to
-// those: measured for 128 channels, m = 2 loses twice what the direct sum loses, m = 4 six times.
+// those: measured for 128 channels, m = 2 loses twice what the direct sum loses, m = 4 seven times.
 // The interpolation points of m = 4 are 0, 1, -1, 2 and -1/2, which lose a third less than the
 // usual 0, 1, -1, 2 and -2; all coefficients of A and B are exact, G's products are rounded once.
 //
