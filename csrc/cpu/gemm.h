@@ -68,6 +68,19 @@ template <class E, class Lanes>
 inline void put(E* row, int64_t i, Vec x, Lanes lanes) {
   store(row + i, x, lanes);
 }
+// The kVectors registers of a panel.
+template <class E>
+inline void put_panel(E* row, const Vec (&x)[kVectors]) {
+#if defined(__AVX512BF16__)
+  if constexpr (is_same<E, bf16>) {
+    const auto halves = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    memcpy(static_cast<void*>(row), &halves, sizeof halves);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) put(row, v * kLanes, x[v], Whole{});
+}
 template <class E>
 inline void clear(E* row, int64_t first, int64_t end) {
   memset(static_cast<void*>(row + first), 0, (end - first) * sizeof(E));
@@ -143,7 +156,47 @@ struct Epilogue {
     }
   }
 
+  // The same for rows of a whole panel that are all pixels, in as few instructions as it takes:
+  // beside products that wait for nothing, each instruction counts. One function for each set of
+  // steps.
+  using Rows = void (*)(const Epilogue&, const float* sums, int64_t rows, int64_t s, int64_t n);
+  Rows whole_rows() const { return pick<>(relu, add != nullptr, relu_sum, low != nullptr); }
+
  private:
+  template <bool... kSteps, class... Rest>
+  static Rows pick(bool step, Rest... rest) {
+    return step ? pick<kSteps..., true>(rest...) : pick<kSteps..., false>(rest...);
+  }
+  template <bool... kSteps>
+  static Rows pick() {
+    return finish_whole<kSteps...>;
+  }
+
+  template <bool kRelu, bool kAdd, bool kReluSum, bool kLow>
+  static void finish_whole(const Epilogue& e, const float* sums, int64_t rows, int64_t s,
+                           int64_t n) {
+    E* const y = e.y + n;
+    const E* const add = kAdd ? e.add + n : nullptr;
+    const E* const low = kLow ? e.low + n : nullptr;
+    const int64_t *const y_at = e.y_at + s, *const low_at = e.low_at + s;
+    Vec bias[kVectors];
+    memcpy(bias, e.bias + n, sizeof bias);
+    for (int64_t m = 0; m < rows; ++m, sums += kPanel) {
+      Vec x[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        x[v] = load(sums + v * kLanes, Whole{}) + bias[v];
+        if constexpr (kRelu) x[v] = HGFAST_ISA::relu(x[v]);
+        if constexpr (is_of_maps<E>) {
+          if constexpr (kAdd) x[v] += load(add + y_at[m] + v * kLanes, Whole{});
+          if constexpr (kReluSum) x[v] = HGFAST_ISA::relu(x[v]);
+          if constexpr (kLow) x[v] += load(low + low_at[m] + v * kLanes, Whole{});
+        }
+      }
+      put_panel(y + y_at[m], x);
+    }
+  }
+
   template <int First, int Last, int M, int V, class F>
   static void each_sum(Vec (&sum)[M][V], F f) {
 #pragma GCC unroll 16

@@ -3,7 +3,8 @@
 //
 // Four tiles hold 32 slots x 32 channels of C over the whole of K; per 32 values of k, two tiles
 // of A and two of B are loaded for four products, so that loads and products overlap evenly. The
-// sums leave through 4 KB of float32 in L1, where the epilogue finishes them.
+// sums leave through 4 KB of float32 in L1, where the epilogue finishes them, a few rows after each
+// step of the next tile's products.
 //
 // bf16x3: x = high + low, both bfloat16, is x to within 2^-17 |x|, and |low| is at most 2^-8 |x|.
 // Of
@@ -89,20 +90,7 @@ inline void clear(bf16x2* row, int64_t first, int64_t end) {
   memset(static_cast<void*>(row + first), 0, (end - first) * sizeof(bf16x2));
 }
 
-// 32 values of k, for 16 or 32 slots and 16 or 32 channels. `part` of a split operand: 0 is the
-// high one.
-template <int GroupsA, class Operand>
-inline void load_a(const Operand* a0, const Operand* a1, int64_t stride, int part = 0) {
-  const int64_t at = part * kTileBytes;
-  tile_load<4>(reinterpret_cast<const char*>(a0) + at, stride);
-  if constexpr (GroupsA > 1) tile_load<5>(reinterpret_cast<const char*>(a1) + at, stride);
-}
-template <int GroupsB>
-inline void load_b(const void* b, int part = 0) {
-  const bf16* tile = static_cast<const bf16*>(b) + part * 2 * kTileOfB;
-  tile_load<6>(tile, kTileBytes);
-  if constexpr (GroupsB > 1) tile_load<7>(tile + kTileOfB, kTileBytes);
-}
+// 32 values of k, for 16 or 32 slots and 16 or 32 channels.
 template <int GroupsA, int GroupsB>
 inline void multiply_loaded() {
   tile_multiply<0, 4, 6>();
@@ -110,15 +98,99 @@ inline void multiply_loaded() {
   if constexpr (GroupsA > 1) tile_multiply<2, 5, 6>();
   if constexpr (GroupsA > 1 && GroupsB > 1) tile_multiply<3, 5, 7>();
 }
+template <int GroupsA, int GroupsB>
+inline void multiply_step(const bf16* a0, const bf16* a1, int64_t stride, const bf16* b) {
+  tile_load<4>(a0, stride);
+  tile_load<6>(b, kTileBytes);
+  tile_multiply<0, 4, 6>();
+  if constexpr (GroupsB > 1) {
+    tile_load<7>(b + kTileOfB, kTileBytes);
+    tile_multiply<1, 4, 7>();
+  }
+  if constexpr (GroupsA > 1) {
+    tile_load<5>(a1, stride);
+    tile_multiply<2, 5, 6>();
+  }
+  if constexpr (GroupsA > 1 && GroupsB > 1) tile_multiply<3, 5, 7>();
+}
 
-// 16 or 32 slots from s0, 16 or 32 channels from n0, into sums.
-template <int GroupsA, int GroupsB, class Operand>
+// The same of split operands. `part`: 0 is the high one.
+template <int GroupsA>
+inline void load_a(const bf16x2* a0, const bf16x2* a1, int64_t stride, int part) {
+  const int64_t at = part * kTileBytes;
+  tile_load<4>(reinterpret_cast<const char*>(a0) + at, stride);
+  if constexpr (GroupsA > 1) tile_load<5>(reinterpret_cast<const char*>(a1) + at, stride);
+}
+template <int GroupsB>
+inline void load_b(const bf16x2* b, int part) {
+  const bf16* tile = reinterpret_cast<const bf16*>(b) + part * 2 * kTileOfB;
+  tile_load<6>(tile, kTileBytes);
+  if constexpr (GroupsB > 1) tile_load<7>(tile + kTileOfB, kTileBytes);
+}
+template <int GroupsA, int GroupsB>
+inline void multiply_step(const bf16x2* a0, const bf16x2* a1, int64_t stride, const bf16x2* b) {
+  load_a<GroupsA>(a0, a1, stride, 1);
+  load_b<GroupsB>(b, 0);
+  multiply_loaded<GroupsA, GroupsB>();
+  load_a<GroupsA>(a0, a1, stride, 0);
+  multiply_loaded<GroupsA, GroupsB>();
+  load_b<GroupsB>(b, 1);
+  multiply_loaded<GroupsA, GroupsB>();
+}
+
+// Sums that wait for their epilogue: it runs a few rows at a time, between the products of the next
+// tile, whose unit it does not use. All at once it would take as long as the products of a short K
+// and fill the queues that those have to pass.
+template <class E>
+class Unfinished {
+ public:
+  explicit Unfinished(const Epilogue<E>& epilogue)
+      : epilogue_(epilogue), whole_rows_(epilogue.whole_rows()) {}
+
+  void begin(const float* sums, int64_t s, int64_t rows, int64_t n, int64_t channels) {
+    sums_ = sums;
+    s_ = s, rows_ = rows, n_ = n, channels_ = channels;
+    int64_t no_pixel = 0;  // negative if one is none
+    for (int64_t i = 0; i < rows; ++i) no_pixel |= epilogue_.y_at[s + i];
+    whole_ = channels == kTilePanel && no_pixel >= 0;
+  }
+
+  void finish(int64_t rows) {
+    if (rows_ == 0) return;
+    rows = min(rows, rows_);
+    if (whole_) {
+      whole_rows_(epilogue_, sums_, rows, s_, n_);
+    } else {
+      epilogue_.finish(sums_, kTilePanel, rows, channels_, s_, n_);
+    }
+    sums_ += rows * kTilePanel;
+    s_ += rows;
+    rows_ -= rows;
+  }
+
+ private:
+  const Epilogue<E>& epilogue_;
+  const typename Epilogue<E>::Rows whole_rows_;
+  const float* sums_ = nullptr;
+  int64_t s_ = 0, rows_ = 0, n_ = 0, channels_ = 0;  // what is left
+  bool whole_ = false;
+};
+
+// So many steps of k lie between two stores of tiles at most. The instructions do not ask for it;
+// but a core was seen to stall for some 700 cycles at a store behind 32 steps or more, and for none
+// where another store, of whatever tile, came in between.
+constexpr int64_t kStepsPerStore = 16;
+static_assert(kStepsPerStore > kTileRows * kTileBytes / kSumBytes, "a step finishes a row or more");
+
+// 16 or 32 slots from s0, 16 or 32 channels from n0, into sums. Meanwhile `before` is finished.
+template <int GroupsA, int GroupsB, class Operand, class E>
 void multiply_tiles(const Segment<Operand>* segment, int segments, int64_t s0, int64_t n0,
-                    float* sums) {
+                    float* sums, Unfinished<E>& before, int64_t rows_per_step) {
   tile_zero<0>();
   if constexpr (GroupsB > 1) tile_zero<1>();
   if constexpr (GroupsA > 1) tile_zero<2>();
   if constexpr (GroupsA > 1 && GroupsB > 1) tile_zero<3>();
+  int64_t since = 0;
   for (; segments > 0; --segments, ++segment) {
     const int64_t stride = segment->stride * sizeof(Operand);
     const Operand* b =
@@ -128,22 +200,16 @@ void multiply_tiles(const Segment<Operand>* segment, int segments, int64_t s0, i
       const Operand* a1 =
           segment->a + segment->at[s0 + (GroupsA - 1) * kTileRows] + tap * segment->tap_stride;
       for (int64_t k = 0; k < segment->depth; k += kTileDepth, b += kTileDepth * kTilePanel) {
-        if constexpr (is_same<Operand, bf16x2>) {
-          load_a<GroupsA>(a0 + k, a1 + k, stride, 1);
-          load_b<GroupsB>(b, 0);
-          multiply_loaded<GroupsA, GroupsB>();
-          load_a<GroupsA>(a0 + k, a1 + k, stride, 0);
-          multiply_loaded<GroupsA, GroupsB>();
-          load_b<GroupsB>(b, 1);
-          multiply_loaded<GroupsA, GroupsB>();
-        } else {
-          load_a<GroupsA>(a0 + k, a1 + k, stride);
-          load_b<GroupsB>(b);
-          multiply_loaded<GroupsA, GroupsB>();
+        if (++since == kStepsPerStore) {
+          tile_store<6>(sums, kTileBytes);  // over rows that are finished
+          since = 0;
         }
+        multiply_step<GroupsA, GroupsB>(a0 + k, a1 + k, stride, b);
+        before.finish(rows_per_step);
       }
     }
   }
+  before.finish(2 * kTileRows);
   tile_store<0>(sums, kSumBytes);
   if constexpr (GroupsB > 1) tile_store<1>(sums + 16, kSumBytes);
   if constexpr (GroupsA > 1) tile_store<2>(sums + kTileRows * kTilePanel, kSumBytes);
@@ -151,30 +217,29 @@ void multiply_tiles(const Segment<Operand>* segment, int segments, int64_t s0, i
     tile_store<3>(sums + kTileRows * kTilePanel + 16, kSumBytes);
 }
 
-// All slots by channels n_first, a multiple of kTilePanel, to n - 1. One tile's sums are finished
-// while the next tile's are formed: the epilogue takes as long as the products of a short K, and
-// waits for none of them.
+// All slots by channels n_first, a multiple of kTilePanel, to n - 1.
 template <class Operand, class E>
 void gemm(const Segment<Operand>* segment, int segments, int64_t slots, int64_t n_first, int64_t n,
           const Epilogue<E>& epilogue) {
-  alignas(kAlign) float sums[2][2 * kTileRows * kTilePanel];
-  struct {
-    int64_t s0, rows, n0, channels;
-  } last{};
-  int turn = 0;
+  alignas(kAlign) float sums[2 * kTileRows * kTilePanel];
+  int64_t steps = 0;
+  for (int i = 0; i < segments; ++i) steps += segment[i].taps * segment[i].depth / kTileDepth;
+  const int64_t wanted = ceil_div(2 * kTileRows, max(1, steps));  // a phase may have no taps
+  const int64_t rows_per_step = wanted > 4 ? 8 : wanted > 2 ? 4 : wanted;
+  Unfinished<E> before(epilogue);
   for (int64_t n0 = n_first; n0 < n; n0 += kTilePanel) {
     const int64_t channels = min(kTilePanel, n - n0);
-    const auto one = channels > 16 ? multiply_tiles<1, 2, Operand> : multiply_tiles<1, 1, Operand>;
-    const auto two = channels > 16 ? multiply_tiles<2, 2, Operand> : multiply_tiles<2, 1, Operand>;
-    for (int64_t s0 = 0; s0 < slots; s0 += 2 * kTileRows, turn = 1 - turn) {
+    const auto one =
+        channels > 16 ? multiply_tiles<1, 2, Operand, E> : multiply_tiles<1, 1, Operand, E>;
+    const auto two =
+        channels > 16 ? multiply_tiles<2, 2, Operand, E> : multiply_tiles<2, 1, Operand, E>;
+    for (int64_t s0 = 0; s0 < slots; s0 += 2 * kTileRows) {
       const int64_t rows = min(2 * kTileRows, slots - s0);
-      epilogue.prefetch(s0, rows, n0, channels);
-      (rows > kTileRows ? two : one)(segment, segments, s0, n0, sums[turn]);
-      epilogue.finish(sums[1 - turn], kTilePanel, last.rows, last.channels, last.s0, last.n0);
-      last = {s0, rows, n0, channels};
+      (rows > kTileRows ? two : one)(segment, segments, s0, n0, sums, before, rows_per_step);
+      before.begin(sums, s0, rows, n0, channels);
     }
   }
-  epilogue.finish(sums[1 - turn], kTilePanel, last.rows, last.channels, last.s0, last.n0);
+  before.finish(2 * kTileRows);
 }
 
 }  // namespace hgfast::cpu::HGFAST_ISA
