@@ -449,7 +449,7 @@ def field() -> None:
         fast = hgfast.optimize(model, "high")
         found = hgfast.verify(model, fast, torch.rand(FIELD[name].shapes[0]))
         assert found, f"{name}: {found}"
-        assert found.rel > 2e-6
+        assert found.rel > 1e-6  # float32 sums make some 3e-7: these are not those
         backends = {row.backend for row in hgfast.report(fast).replaced}
         assert f"cpu {sys.argv[1]} bf16x3" in backends
 
