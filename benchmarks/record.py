@@ -45,15 +45,23 @@ def default_path(kind: str) -> Path:
     """benchmarks/results/<kind>-<cpu>-<n>cores.json, with the compiler's name of the CPU."""
     name = os.uname().machine
     try:
-        text = subprocess.run(
-            ["c++", "-march=native", "-Q", "--help=target"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout  # fmt: skip
-        found = re.search(r"-march=\s+(\S+)", text)
-        name = found.group(1) if found else name
+        march, has_amx = _target("native")
+        # A virtual machine may have the number of a model that is not its own.
+        name = f"{name}-amx" if has_amx and not _target(march)[1] else march
     except (OSError, subprocess.SubprocessError):
         pass
     return RESULTS / f"{kind}-{name}-{cores()}cores.json"
+
+
+def _target(march: str) -> tuple[str, bool]:
+    """What the compiler calls it, and whether it has AMX."""
+    text = subprocess.run(
+        ["c++", f"-march={march}", "-Q", "--help=target"],
+        capture_output=True, text=True, timeout=30, check=True,
+    ).stdout  # fmt: skip
+    found = re.search(r"-march=\s+(\S+)", text)
+    name = found.group(1) if found else march
+    return name, re.search(r"-mamx-tile\s+\[enabled\]", text) is not None
 
 
 def merge(
