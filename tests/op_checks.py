@@ -61,8 +61,8 @@ def conv_reference(
     dilation: int | tuple[int, int] = 1,
     relu_sum: bool = False,
 ) -> Tensor:
-    # Without oneDNN in bfloat16: torch 2.13's makes NaN of some shapes on AMX, such as (3, 16, 16, 7)
-    # with a kernel of (1, 16, 4, 7) and strides (1, 3).
+    # Without oneDNN in bfloat16: on AMX torch 2.13's makes NaN of some shapes, such as
+    # (3, 16, 16, 7) with a kernel of (1, 16, 4, 7) and strides (1, 3).
     with torch.backends.mkldnn.flags(enabled=x.dtype != torch.bfloat16):
         y = F.conv2d(_normed(x, w), w["weight"], w["bias"], stride, padding, dilation)
     if relu:
