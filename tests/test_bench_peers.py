@@ -4,6 +4,7 @@ other engines."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -506,3 +507,22 @@ def test_the_benchmarks_of_ops_run() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 25  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("native", "of_its_name", "expected"),
+    [
+        (("cascadelake", False), ("cascadelake", False), "cascadelake"),
+        (("sapphirerapids", True), ("sapphirerapids", True), "sapphirerapids"),
+        (("rocketlake", True), ("rocketlake", False), f"{os.uname().machine}-amx"),
+    ],
+)
+def test_results_are_named_by_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+    native: tuple[str, bool],
+    of_its_name: tuple[str, bool],
+    expected: str,
+) -> None:
+    """But not by a model's name that its instructions belie."""
+    monkeypatch.setattr(record, "_target", {"native": native, native[0]: of_its_name}.__getitem__)
+    assert record.default_path("peers").name == f"peers-{expected}-{record.cores()}cores.json"
