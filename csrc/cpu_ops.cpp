@@ -88,28 +88,29 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& bias, const Opt
   return y;
 }
 
-// PyTorch's convolution: no kernel of our own so far. As in the GPU's kernel, the normalised image
-// and the weights are rounded to the result's dtype.
+// The convolution of any shape, behind a normalisation in PyTorch. As in the GPU's kernel, the
+// normalised image and the weights are rounded to the result's dtype.
 Tensor stem(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& scale,
             const OptionalTensor& shift, std::optional<at::ScalarType> dtype) {
   const at::AutoDispatchBelowADInplaceOrView no_gradient;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const char* where = "hgfast::stem";
-  const Shape shape = check_image(where, x);
-  const Shape result = stem_shape(shape, check_stem(where, x.device(), weight, bias, scale, shift));
+  check_image(where, x);
+  check_stem(where, x.device(), weight, bias, scale, shift);
   const at::ScalarType type = stem_dtype(x, dtype);
   TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, where,
                     ": expected a result in float32, bfloat16 or float16, asked for ", type);
-  last_path() = {"eager", "stem"};
-  if (shape.batch == 0)
-    return at::empty(result.sizes(), x.options().dtype(type), at::MemoryFormat::ChannelsLast);
   Tensor t =
       x.to(at::kFloat, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::ChannelsLast);
   const auto channels = [](const Tensor& v) { return v.to(at::kFloat).view({1, -1, 1, 1}); };
   if (scale) t = at::addcmul(channels(*shift), t, channels(*scale));
-  const std::vector<int64_t> two(2, 2), three(2, 3);
-  const Tensor y = at::conv2d(t.to(type), weight.to(type), bias.to(type), two, three);
-  return y.relu().contiguous(at::MemoryFormat::ChannelsLast);
+  // There are no kernels of float16. Its products are exact in float32.
+  const at::ScalarType inside = type == at::kHalf ? at::kFloat : type;
+  const std::vector<int64_t> two(2, 2), three(2, 3), one(2, 1);
+  const Tensor y = conv(t.to(type).to(inside), weight.to(type).to(inside), bias, {}, {}, two, three,
+                        /*relu=*/true, {}, one, /*relu_sum=*/false);
+  last_path() = {cpu::kernels().name, "stem"};
+  return y.to(type);
 }
 
 static_assert(cpu::UpsampleAddParams::kMaps == kUpsampledMaps);

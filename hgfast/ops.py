@@ -169,8 +169,8 @@ def stem(
         y = relu(conv2d(t, weight, bias, stride=2, padding=3))
 
     The padding is zeros behind the first line, as in a network that is given normalised images. On
-    a GPU all of it is one pass over memory. ``t`` and the weights are rounded to the dtype of the
-    result; on a CPU so is the bias.
+    a GPU all of it is one pass over memory. ``t`` and the weight are rounded to the dtype of the
+    result, sums are of float32.
 
     For bytes from a file and the mean and deviation of ``torchvision.transforms.Normalize``,
     ``scale = 1 / (255 * deviation)`` and ``shift = -mean / deviation``; the image's bytes as they

@@ -70,6 +70,15 @@ def test_the_dtype_of_the_result() -> None:
         assert ops.stem(x, **w, dtype=torch.float16).dtype == torch.float16
 
 
+def test_float16_is_rounded_once() -> None:
+    """The sums are those of float32; beside rounding there is no error to be seen."""
+    w = stem_weights(16)
+    w["weight"] = w["weight"].half()
+    x = image_of(2, 19, 23, dtype=torch.float16)
+    exact = stem_reference(x, w, torch.float64)
+    assert ((ops.stem(x, **w).double() - exact).abs() <= 2**-11 * exact + 1e-5).all()
+
+
 X, W = torch.zeros(1, 3, 5, 5), stem_weights(16)
 
 
