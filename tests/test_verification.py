@@ -20,7 +20,7 @@ import hgfast
 from hgfast._bf16x3 import Bf16x3
 from hgfast.models import hourglass
 from hgfast.region import regions_of
-from hgfast.runtime import cpu, folding
+from hgfast.runtime import folding
 from tests.networks import PreactBlock, randomise
 
 PRECISIONS = ("highest", "high", "medium")
@@ -495,15 +495,13 @@ def blocks() -> nn.Module:
 def spoil_weights(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[..., Tensor]) -> None:
     """Pack what ``spoiled(weight, conv, weights)`` makes of a convolution's weight."""
 
-    def spoil_results_of(function: Any) -> Any:
-        def call(conv: Any, norm: Any, weights: Any) -> Any:
-            weight, other = function(conv, norm, weights)
-            return spoiled(weight, conv, weights), other
+    unfolded = folding.unfolded
 
-        return call
+    def call(conv: Any, *args: Any) -> Any:
+        weight, *others = unfolded(conv, *args)
+        return spoiled(weight, conv, args[-1]), *others
 
-    monkeypatch.setattr(folding, "fold", spoil_results_of(folding.fold))
-    monkeypatch.setattr(cpu, "unfolded", spoil_results_of(cpu.unfolded))
+    monkeypatch.setattr(folding, "unfolded", call)
 
 
 def spoil(name: str, monkeypatch: pytest.MonkeyPatch, by: float) -> None:

@@ -23,7 +23,12 @@ from hgfast.plan import (
     output_values,
 )
 from hgfast.runtime import fusions, plain
-from hgfast.runtime.folding import bottleneck_weights, conv_weights, remerge_weights, unfolded
+from hgfast.runtime.folding import (
+    bottleneck_weights_unfolded,
+    conv_weights,
+    conv_weights_unfolded,
+    remerge_weights,
+)
 from hgfast.runtime.fusions import Head
 
 #: What activations of a float32 model are kept in, by precision. Products are of that type too, but
@@ -240,9 +245,7 @@ def _packed(
             continue
         extra = step.inputs[1] if len(step.inputs) > 1 else None
         if isinstance(step, Bottleneck):
-            scale, shift, w1, b1, _, *rest = bottleneck_weights(step, weights)
-            norm = step.norms[2 if step.preactivated else 1]
-            w2, factor = unfolded(step.convs[1], norm, weights)
+            scale, shift, w1, b1, w2, factor, *rest = bottleneck_weights_unfolded(step, weights)
             relu = not step.preactivated
             pool = x in pools
             source = pools[x] if pool else x
@@ -250,15 +253,15 @@ def _packed(
                 source, out, scale, shift, w1, b1, w2, *rest, extra, relu, pool, w2_factor=factor
             )
         elif isinstance(step, Conv):
-            weight, bias, scale, shift = conv_weights(step, weights)
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
             where = conv.stride, conv.padding
             if conv.transposed:
+                weight, bias, _, _ = conv_weights(step, weights)
                 packed.conv_transpose(x, out, weight, bias, *where, conv.output_padding, *behind)
             else:
-                weight, factor = unfolded(conv, step.norm_after, weights)
+                weight, factor, bias, *norm = conv_weights_unfolded(step, weights)
                 windows = *where, conv.dilation
-                packed.conv(x, out, weight, bias, scale, shift, *windows, *behind, factor=factor)
+                packed.conv(x, out, weight, bias, *norm, *windows, *behind, factor=factor)
         elif isinstance(step, Remerge):
             packed.conv(x, out, *remerge_weights(step, weights), add=extra)
         elif isinstance(step, Pool):

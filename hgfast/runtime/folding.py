@@ -10,7 +10,7 @@ Folding happens in float64 and is rounded once, so that a tiny variance costs no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,41 +41,61 @@ def prologue(norm: Norm | None, weights: Weights) -> tuple[Tensor | None, Tensor
     return scale.float(), shift.float()
 
 
+def unfolded(
+    conv: Convolution, norm: Norm | None, weights: Weights
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(weight, factor, bias) of a convolution with a BatchNorm, or none, behind it.
+
+    The weight as it is, the float64 factors (out,) with which :func:`fold` multiplies it, or None,
+    and the bias in float32 that :func:`fold` gives.
+    """
+    weight = weights[conv.weight]
+    if conv.bias:
+        bias = weights[conv.bias].double()
+    else:
+        bias = weight.new_zeros(conv.channels[1], dtype=torch.float64)
+    if norm is None:
+        return weight, None, bias.float()
+    factor, shift = affine(norm, weights)
+    return weight, factor, (bias * factor + shift).float()
+
+
 def fold(conv: Convolution, norm: Norm | None, weights: Weights) -> tuple[Tensor, Tensor]:
     """(weight, bias) in float32 of a convolution with the BatchNorm behind it folded in.
 
     The weight is (out, in / groups, height, width), a transposed one's (in, out / groups, ...).
     """
-    weight = weights[conv.weight].double()
-    bias = weights[conv.bias].double() if conv.bias else weight.new_zeros(conv.channels[1])
-    if norm is not None:
-        scale, shift = affine(norm, weights)
-        if conv.transposed:  # its rows are inputs, group by group
-            grouped = weight.reshape(conv.groups, -1, *weight.shape[1:])
-            scaled = grouped * scale.view(conv.groups, 1, -1, 1, 1)
-            weight = scaled.reshape(weight.shape)
-        else:
-            weight = weight * scale[:, None, None, None]
-        bias = bias * scale + shift
-    return weight.float(), bias.float()
-
-
-def unfolded(
-    conv: Convolution, norm: Norm | None, weights: Weights
-) -> tuple[Tensor, Tensor | None]:
-    """The weight as it is, and the float64 factors (out,) with which :func:`fold` multiplies it."""
-    return weights[conv.weight], None if norm is None else affine(norm, weights)[0]
+    weight, factor, bias = unfolded(conv, norm, weights)
+    if factor is None:
+        return weight.float(), bias
+    weight = weight.double()
+    if conv.transposed:  # its rows are inputs, group by group
+        grouped = weight.reshape(conv.groups, -1, *weight.shape[1:])
+        weight = (grouped * factor.view(conv.groups, 1, -1, 1, 1)).reshape(weight.shape)
+    else:
+        weight = weight * factor[:, None, None, None]
+    return weight.float(), bias
 
 
 def bottleneck_weights(step: Bottleneck, weights: Weights) -> tuple[Any, ...]:
     """scale, shift, w1, b1, w2, b2, w3, b3, wp, bp as the bottleneck op takes them."""
-    norm1, norm2, norm3 = step.norms
+    return _bottleneck(step, weights, fold)
+
+
+def bottleneck_weights_unfolded(step: Bottleneck, weights: Weights) -> tuple[Any, ...]:
+    """Those of :func:`bottleneck_weights` with w2 as it is, and its factors between w2 and b2."""
+    return _bottleneck(step, weights, unfolded)
+
+
+def _bottleneck(
+    step: Bottleneck, weights: Weights, second: Callable[..., tuple[Any, ...]]
+) -> tuple[Any, ...]:
     conv1, conv2, conv3 = step.convs
-    behind = (norm2, norm3, None) if step.preactivated else step.norms
+    before, *behind = (*step.norms, None) if step.preactivated else (None, *step.norms)
     return (
-        *prologue(norm1 if step.preactivated else None, weights),
+        *prologue(before, weights),
         *fold(conv1, behind[0], weights),
-        *fold(conv2, behind[1], weights),
+        *second(conv2, behind[1], weights),
         *fold(conv3, behind[2], weights),
         *(fold(step.project, step.project_norm, weights) if step.project else (None, None)),
     )
@@ -84,6 +104,11 @@ def bottleneck_weights(step: Bottleneck, weights: Weights) -> tuple[Any, ...]:
 def conv_weights(step: Conv, weights: Weights) -> tuple[Any, ...]:
     """weight, bias, scale, shift as the conv op takes them."""
     return *fold(step.conv, step.norm_after, weights), *prologue(step.norm_before, weights)
+
+
+def conv_weights_unfolded(step: Conv, weights: Weights) -> tuple[Any, ...]:
+    """Those of :func:`conv_weights` with the weight as it is, and its factors behind it."""
+    return *unfolded(step.conv, step.norm_after, weights), *prologue(step.norm_before, weights)
 
 
 def remerge_weights(step: Remerge, weights: Weights) -> tuple[Tensor, Tensor]:
