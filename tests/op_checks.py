@@ -28,6 +28,11 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # as CpuPlan kno
 
 # ---- the ops in plain PyTorch ----
 
+#: Decorates what computes with PyTorch's convolutions in any dtype. On AMX oneDNN, as torch 2.13
+#: has it, gives NaN and wrong numbers for some small maps in 16 bits: (1, 3, 9, 2) with the stem's
+#: 7x7 of stride 2, or (3, 16, 16, 7) with a kernel of (1, 16, 4, 7) and strides (1, 3).
+without_onednn = torch.backends.mkldnn.flags(enabled=False)
+
 
 def _per_channel(t: Tensor) -> Tensor:
     return t[:, None, None]
@@ -39,6 +44,7 @@ def _normed(x: Tensor, w: Weights) -> Tensor:
     return F.relu(x * _per_channel(w["scale"]) + _per_channel(w["shift"]))
 
 
+@without_onednn
 def bottleneck_reference(
     x: Tensor, w: Weights, low: Tensor | None = None, relu: bool = False
 ) -> Tensor:
@@ -51,6 +57,7 @@ def bottleneck_reference(
     return y if low is None else upsample_add_reference(low, y)
 
 
+@without_onednn
 def conv_reference(
     x: Tensor,
     w: Weights,
@@ -61,10 +68,7 @@ def conv_reference(
     dilation: int | tuple[int, int] = 1,
     relu_sum: bool = False,
 ) -> Tensor:
-    # Without oneDNN in bfloat16: on AMX torch 2.13's makes NaN of some shapes, such as
-    # (3, 16, 16, 7) with a kernel of (1, 16, 4, 7) and strides (1, 3).
-    with torch.backends.mkldnn.flags(enabled=x.dtype != torch.bfloat16):
-        y = F.conv2d(_normed(x, w), w["weight"], w["bias"], stride, padding, dilation)
+    y = F.conv2d(_normed(x, w), w["weight"], w["bias"], stride, padding, dilation)
     if relu:
         y = F.relu(y)
     if add is not None:
@@ -72,6 +76,7 @@ def conv_reference(
     return F.relu(y) if relu_sum else y
 
 
+@without_onednn
 def conv_transpose_reference(
     x: Tensor,
     w: Weights,

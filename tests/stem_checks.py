@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from op_checks import Weights, cast, conv_weights, generator, laid_out
+from op_checks import Weights, cast, conv_weights, generator, laid_out, without_onednn
 from torch import Tensor
 
 PIXELS = [torch.uint8, torch.float32, torch.bfloat16, torch.float16]
@@ -34,6 +34,7 @@ def stem_weights(out: int, *, dtype: torch.dtype | None = None, seed: int = 0) -
     return w
 
 
+@without_onednn
 def stem_reference(x: Tensor, w: Weights, dtype: torch.dtype) -> Tensor:
     """In float64, or as eager PyTorch would have it in 16 bits: normalised in float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,6 +55,7 @@ def head_weights(channels: int, middle: int, joints: int, out: int, seed: int = 
     return w
 
 
+@without_onednn
 def head_reference(
     y: Tensor, x: Tensor | None, w: Weights, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import PreactBlock, image, randomise
-from op_checks import needs_native
+from op_checks import needs_native, without_onednn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,6 +81,7 @@ def assert_as_good_as_eager(
     element = torch.bfloat16 if dtype == torch.float32 else dtype
     weights = {name: tensors_of(model)[name] for name in plan.weights}
 
+    @without_onednn
     def expected(to: torch.dtype) -> dict[int, Tensor]:
         # Weights are rounded to the model's dtype once, whatever the arithmetic.
         cast = {name: tensor.to(dtype).to(to) for name, tensor in weights.items()}

@@ -29,6 +29,7 @@ from op_checks import (
     is_channels_last,
     needs_native,
     random_map,
+    without_onednn,
 )
 from test_emulated_kernels import assert_close
 from torch import Tensor, nn
@@ -130,6 +131,7 @@ def test_after_the_activation() -> None:
     x = random_map(1, 128, 9, 17, dtype=torch.bfloat16)
     y, _ = block(w, x.dtype, relu=True).run(x)
 
+    @without_onednn
     def reference(x: Tensor, w: Weights) -> Tensor:
         t = F.relu(F.conv2d(x, w["w1"], w["b1"]))
         t = F.relu(F.conv2d(t, w["w2"], w["b2"], padding=1))

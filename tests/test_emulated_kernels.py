@@ -26,6 +26,7 @@ from op_checks import (
     is_channels_last,
     needs_native,
     random_map,
+    without_onednn,
 )
 from torch import Tensor
 
@@ -180,6 +181,7 @@ def test_every_combination_of_what_is_fused(
     x = random_map(2, channels, *size, dtype=dtype)
     half = random_map(2, channels, height // 2, width // 2, dtype=dtype, seed=2) if low else None
 
+    @without_onednn
     def expected(to: torch.dtype) -> Tensor:
         v, t = cast(w, to), x.to(to)
         t = F.max_pool2d(t, 2) if pool else t

@@ -28,6 +28,7 @@ from op_checks import (
     needs_native,
     random_map,
     upsample_add_reference,
+    without_onednn,
 )
 from torch import Tensor
 
@@ -55,6 +56,7 @@ def packed(w: Weights, dtype: torch.dtype, relu: bool = False) -> Any:
     return emulator.CudaLatencyBottleneck(dtype, *(w.get(name) for name in ORDER), relu=relu)
 
 
+@without_onednn
 def expected(x: Tensor, w: Weights, low: Tensor | None, pool: bool, relu: bool) -> Tensor:
     """The formula of csrc/cuda/kernels.h in the dtype of x."""
     w = cast(w, x.dtype)
