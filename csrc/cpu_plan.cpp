@@ -1,6 +1,7 @@
 #include "cpu_plan.h"
 
 #include <algorithm>
+#include <chrono>
 #include <new>
 #include <utility>
 
@@ -556,6 +557,7 @@ std::shared_ptr<const CpuPlan::Layout> CpuPlan::make_layout(const std::vector<at
       }
     }
     launch.op = step.op;
+    launch.value = id_of_[step.writes[0]];
     launch.reads = step.reads;
     const std::vector<Slot> written = launch.writes;
     launches.push_back(std::move(launch));
@@ -656,7 +658,17 @@ void Arena::give(Block block) {
   idle_.push_back(std::move(block));
 }
 
-void CpuPlan::execute(const Layout& layout, Slots slots, char* scratch) {
+void CpuPlan::execute(const Layout& layout, Slots slots, char* scratch, Times* times) {
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point before;
+  if (times) before = Clock::now();
+  const auto done = [&](const Launch& launch) {
+    if (!times) return;
+    const Clock::time_point now = Clock::now();
+    const std::chrono::duration<double> seconds = now - before;
+    times->push_back({launch.op ? launch.op : "copy", launch.value, seconds.count()});
+    before = now;
+  };
 #ifdef _OPENMP
   if (layout.parallel && !at::in_parallel_region()) {
     // The turns lie behind the threads' scratch.
@@ -676,15 +688,25 @@ void CpuPlan::execute(const Layout& layout, Slots slots, char* scratch) {
             ->take(launch.work.tasks, thread, team,
                    [&](int64_t begin, int64_t end) { launch.run(slots, begin, end, mine); });
         turn += step;
+        if (thread == 0) done(launch);
       }
     }
     return;
   }
 #endif
-  for (const Launch& launch : layout.launches) launch.run(slots, 0, launch.work.tasks, scratch);
+  for (const Launch& launch : layout.launches) {
+    launch.run(slots, 0, launch.work.tasks, scratch);
+    done(launch);
+  }
 }
 
-std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) const {
+std::vector<CpuPlan::Timed> CpuPlan::profile(const std::vector<at::Tensor>& inputs) const {
+  Times times;
+  run(inputs, &times);
+  return times;
+}
+
+std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs, Times* times) const {
   TORCH_CHECK(finished_, "CpuPlan: the plan is not finished");
   TORCH_CHECK_VALUE(inputs.size() == inputs_.size(), "CpuPlan: expected ", inputs_.size(),
                     " inputs, given ", inputs.size());
@@ -710,13 +732,13 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
 
   const int64_t batch = first.size(0);
   if (layout->piece == batch) {
-    run_layout(*layout, inputs, results);
+    run_layout(*layout, inputs, results, times);
   } else {
     std::vector<at::Tensor> piece(inputs.size());
     for (int64_t begin = 0; begin < batch; begin += layout->piece) {
       const int64_t count = std::min(layout->piece, batch - begin);
       for (size_t i = 0; i < inputs.size(); ++i) piece[i] = inputs[i].narrow(0, begin, count);
-      run_layout(*layout_for(piece, to_nchw), piece, results);
+      run_layout(*layout_for(piece, to_nchw), piece, results, times);
       for (size_t i = 0; i < results.size(); ++i)
         if (results[i])
           results[i] = static_cast<char*>(results[i]) + count * distinct[i].nbytes() / batch;
@@ -730,7 +752,7 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs) cons
 
 // `results`: where each distinct output goes, dense; null for one that is an input.
 void CpuPlan::run_layout(const Layout& layout, const std::vector<at::Tensor>& inputs,
-                         const std::vector<void*>& results) const {
+                         const std::vector<void*>& results, Times* times) const {
   if (layout.launches.empty()) return;
   const size_t values = id_of_.size();
   std::vector<void*> slots(values + inputs.size() + results.size(), nullptr);
@@ -748,7 +770,7 @@ void CpuPlan::run_layout(const Layout& layout, const std::vector<at::Tensor>& in
   char* base = static_cast<char*>(block.memory.get());
   for (size_t value = 0; value < values; ++value)
     if (layout.offsets[value] >= 0) slots[value] = base + layout.offsets[value];
-  execute(layout, slots.data(), base + layout.arena);
+  execute(layout, slots.data(), base + layout.arena, times);
   arena_->give(std::move(block));
   if (layout.last_op) last_path() = {kernels_.name, layout.last_op};
 }

@@ -85,7 +85,18 @@ class CpuPlan {
   // Inputs: (batch, channels, height, width), float32 or bfloat16, any strides. Outputs: fresh
   // tensors in the first input's dtype; NCHW if the first input is, else channels_last. As
   // computed: in the plan's own element type, channels_last.
-  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const {
+    return run(inputs, nullptr);
+  }
+
+  // One kernel's part of a run: its op, the first value that its step writes, and the time until
+  // all threads were done. A copy in or out has the op "copy", and no value: -1.
+  struct Timed {
+    std::string op;
+    Id value;
+    double seconds;
+  };
+  std::vector<Timed> profile(const std::vector<at::Tensor>& inputs) const;
 
   std::string path() const { return kernels_.name; }
   std::string products() const;  // what is multiplied: "float32", "winograd", "bf16x3", "bfloat16"
@@ -101,6 +112,7 @@ class CpuPlan {
     std::vector<Shape> results;
     Run run;
     const char* op = nullptr;  // null: a copy in or out
+    Id value = -1;             // the first that its step writes
     std::vector<Slot> reads, writes;
   };
 
@@ -154,9 +166,12 @@ class CpuPlan {
   std::shared_ptr<const Layout> make_layout(const std::vector<at::Tensor>& inputs, bool to_nchw,
                                             std::vector<int64_t> key) const;
   static void place(Layout& layout, const std::vector<Shape>& shapes, int64_t element_bytes);
+  // Where `times` is given, that of each kernel is appended to it.
+  using Times = std::vector<Timed>;
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs, Times* times) const;
   void run_layout(const Layout& layout, const std::vector<at::Tensor>& inputs,
-                  const std::vector<void*>& results) const;
-  static void execute(const Layout& layout, Slots slots, char* scratch);
+                  const std::vector<void*>& results, Times* times) const;
+  static void execute(const Layout& layout, Slots slots, char* scratch, Times* times);
 
   const cpu::Kernels& kernels_;
   const cpu::Element element_;

@@ -73,7 +73,24 @@ void bind_cpu_plan(py::module_& m) {
       .def("add", translated(&CpuPlan::add), arg("a"), arg("b"), arg("output"), arg("relu") = false)
       .def("finish", translated(&CpuPlan::finish), arg("inputs"), arg("outputs"),
            arg("as_computed") = false)
-      .def("run", torch::wrap_pybind_function_no_gil(&CpuPlan::run), arg("inputs"))
+      .def("run",
+           torch::wrap_pybind_function_no_gil(
+               [](const CpuPlan& plan, const std::vector<at::Tensor>& inputs) {
+                 return plan.run(inputs);
+               }),
+           arg("inputs"))
+      .def(
+          "profile",
+          [](const CpuPlan& plan, const std::vector<at::Tensor>& inputs) {
+            std::vector<std::tuple<std::string, CpuPlan::Id, double>> rows;
+            for (auto& [op, value, seconds] : plan.profile(inputs))
+              rows.emplace_back(op, value, seconds);
+            return rows;
+          },
+          arg("inputs"),
+          "[(op, value, seconds)]: runs, and tells how long each kernel took until all threads "
+          "were done, by the first value that its step writes; (\"copy\", -1, seconds) for one of "
+          "an input or output.")
       .def_property_readonly(
           "products", &CpuPlan::products,
           "What is multiplied: \"float32\", \"winograd\", \"bf16x3\", \"bfloat16\"")

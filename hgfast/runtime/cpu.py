@@ -130,6 +130,16 @@ class CpuExecutor:
                 return {number: values[number] for number in self._outputs}
             return {n: plain.converted(values[n], dtype, layout) for n in self._outputs}
 
+    def profile(self, inputs: Sequence[Tensor]) -> list[tuple[str, int, float]]:
+        """Run, and tell of each kernel (op, the value it writes first, seconds); in their order.
+
+        Raises:
+            ValueError: PyTorch runs some of the Plan's steps.
+        """
+        if len(self._parts) != 1 or not isinstance(self._parts[0], _Native):
+            raise ValueError("expected a Plan that is one native call; PyTorch runs a part of it")
+        return self._parts[0].profile(dict(zip(self._plan.inputs, inputs, strict=True)))
+
     def path(self, step: Step) -> str:
         """What runs one step."""
         if step.output in self._in_heads:
@@ -180,6 +190,12 @@ class _Native:
     def run(self, values: Mapping[int, Tensor]) -> dict[int, Tensor]:
         results = self._packed.run([values[number] for number in self._inputs])
         return dict(zip(self._outputs, results, strict=True))
+
+    def profile(self, values: Mapping[int, Tensor]) -> list[tuple[str, int, float]]:
+        rows: list[tuple[str, int, float]] = self._packed.profile(
+            [values[number] for number in self._inputs]
+        )
+        return rows
 
 
 class _Torch:
