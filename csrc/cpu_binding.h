@@ -201,10 +201,12 @@ struct ConvWeights {
     params.relu = relu;
     params.relu_sum = relu_sum;
     const auto all = [](at::IntArrayRef pair, int64_t n) { return pair[0] == n && pair[1] == n; };
-    if (all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1)) {
+    if (kernels.goes_by_lines(params)) params.method = cpu::Method::lines;
+    if (params.method == cpu::Method::direct && all(weight.sizes().slice(2), 3) && all(stride, 1) &&
+        all(dilation, 1)) {
       dense = DenseWeight(weight, factor);
     } else {
-      owned[0] = pack_weight(kernels, precision, weight, cpu::Method::direct, factor);
+      owned[0] = pack_weight(kernels, precision, weight, params.method, factor);
       params.weight = owned[0].const_data_ptr();
     }
     owned[1] = own_floats(bias);

@@ -306,18 +306,21 @@ def assert_close_float32(out: Tensor, reference: Tensor, limit: float = 1e-5) ->
     assert error <= limit, f"relative error {error:.2e}"
 
 
-def assert_close_bfloat16(
-    out: Tensor, eager: Tensor, reference: Tensor, atol: float = 1e-3
-) -> None:
-    """The error is at most twice that of eager bfloat16, at the worst place and in the mean."""
+def assert_close_bfloat16(out: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """The error is at most twice that of eager bfloat16, at the worst place and in the mean.
+
+    And an ulp: of a few values eager's rounding of weights and of results may hit all by luck.
+    """
     assert out.dtype == eager.dtype == torch.bfloat16
     assert reference.dtype == torch.float64
     assert out.shape == reference.shape
     if out.numel() == 0:
         return
     ours, theirs = (out.double() - reference).abs(), (eager.double() - reference).abs()
-    assert ours.max() <= 2 * theirs.max() + atol, f"{ours.max():.3e} against {theirs.max():.3e}"
-    assert ours.mean() <= 2 * theirs.mean() + atol, f"{ours.mean():.3e} against {theirs.mean():.3e}"
+    size, ulp = reference.abs(), torch.finfo(torch.bfloat16).eps
+    allowed = 2 * theirs.max() + ulp * size.max(), 2 * theirs.mean() + ulp * size.mean()
+    assert ours.max() <= allowed[0], f"{ours.max():.3e}, allowed {allowed[0]:.3e}"
+    assert ours.mean() <= allowed[1], f"{ours.mean():.3e}, allowed {allowed[1]:.3e}"
 
 
 # ---- a small hourglass: a stem, one level, heatmaps, and their way back into the features ----

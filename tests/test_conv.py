@@ -73,7 +73,7 @@ def check(
 @given(
     batch=st.integers(0, 3),
     extra=st.tuples(st.integers(0, 12), st.integers(0, 12)),
-    channels=st.sampled_from([1, 3, 16, 20, 33]),
+    channels=st.sampled_from([1, 3, 4, 16, 20, 33]),
     out=st.sampled_from([1, 5, 16, 40, 100]),
     kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -111,6 +111,26 @@ def test_any_shape(
     result = conv_reference(x.float(), w, stride, padding, dilation=dilation).shape
     other = random_map(*result, dtype=dtype, layout=layout, seed=2) if add else None
     check(x, w, stride, padding, relu, other, dilation, relu_sum)
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+@pytest.mark.parametrize(("channels", "width"), [(3, 523), (4, 1100)])
+def test_rows_that_are_longer_than_a_block(dtype: torch.dtype, channels: int, width: int) -> None:
+    x = random_map(2, channels, 9, width, dtype=dtype, layout="channels_last")
+    check(x, conv_weights(channels, 16, (7, 7)), (2, 2), (3, 3), relu=True)
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+def test_nan_and_infinity_reach_no_window_but_their_own(dtype: torch.dtype) -> None:
+    """Of few channels, whose windows overlap in memory, and are padded there."""
+    x = random_map(1, 3, 20, 40, dtype=dtype)
+    x[0, 1, 3, 9], x[0, 2, 14, 30] = torch.nan, torch.inf
+    for kernel in ((7, 7), (3, 3), (2, 5)):
+        w = conv_weights(3, 16, kernel)
+        y = ops.conv(x, **w, stride=(2, 1), padding=(1, 1))
+        exact = conv_reference(x.double(), cast(w, torch.float64), (2, 1), (1, 1))
+        assert torch.equal(y.isfinite(), exact.isfinite())
+        assert torch.equal(y.isnan(), exact.isnan())
 
 
 # What a stacked hourglass asks for: (channels, out, kernel, stride, padding, norm, relu, size).

@@ -15,7 +15,8 @@
 namespace hgfast::cpu::HGFAST_ISA {
 
 constexpr int kTileRows = 16;
-constexpr int kTileBytes = 64;  // in a row
+constexpr int kTileBytes = 64;                  // in a row
+constexpr int64_t kTileDepth = kTileBytes / 2;  // values of k
 
 struct alignas(64) TileConfig {
   uint8_t palette = 0, start_row = 0, reserved[14] = {};
@@ -80,8 +81,10 @@ inline void store_tile_config(TileConfig& c) { c = tile_config; }
 inline void require_configured(int t) {
   tile_require(tile_config.palette == 1 && tile_config.rows[t] > 0, "tile is not configured");
 }
-// Tile rows that straddle cache lines are legal and cost half the speed: never wanted here.
-inline void require_aligned(const void* p, int64_t stride) {
+// Tile rows that straddle cache lines are legal and cost half the speed: not wanted here, unless
+// they are shorter than a line, as those of windows that overlap are.
+inline void require_aligned(int t, const void* p, int64_t stride) {
+  if (tile_config.row_bytes[t] < kTileBytes) return;
   tile_require(reinterpret_cast<uintptr_t>(p) % 64 == 0 && stride % 64 == 0,
                "tile row is not aligned to 64 bytes");
 }
@@ -94,7 +97,7 @@ inline void tile_zero() {
 template <int T>
 inline void tile_load(const void* p, int64_t stride) {
   require_configured(T);
-  require_aligned(p, stride);
+  require_aligned(T, p, stride);
   memset(&tiles[T], 0, sizeof tiles[T]);
   for (int r = 0; r < tile_config.rows[T]; ++r)
     memcpy(tiles[T].row[r], static_cast<const char*>(p) + r * stride, tile_config.row_bytes[T]);
@@ -102,7 +105,7 @@ inline void tile_load(const void* p, int64_t stride) {
 template <int T>
 inline void tile_store(void* p, int64_t stride) {
   require_configured(T);
-  require_aligned(p, stride);
+  require_aligned(T, p, stride);
   for (int r = 0; r < tile_config.rows[T]; ++r)
     memcpy(static_cast<char*>(p) + r * stride, tiles[T].row[r], tile_config.row_bytes[T]);
 }
@@ -144,11 +147,12 @@ inline void tile_multiply() {
 
 #endif
 
-// All eight tiles at full size while it lives; then the configuration found before, so that
-// whoever else uses AMX in this thread (oneDNN caches its own) finds it unchanged.
+// The tiles at full size while it lives, or 4 to 7, the operands', so many values of k deep; then
+// the configuration found before, so that whoever else uses AMX in this thread (oneDNN caches its
+// own) finds it unchanged.
 class TileScope {
  public:
-  TileScope() {
+  explicit TileScope(int64_t depth = kTileDepth) {
     store_tile_config(before_);
     TileConfig full;
     full.palette = 1;
@@ -156,6 +160,8 @@ class TileScope {
       full.row_bytes[t] = kTileBytes;
       full.rows[t] = kTileRows;
     }
+    for (int a = 4; a < 6; ++a) full.row_bytes[a] = static_cast<uint16_t>(depth * 2);
+    for (int b = 6; b < 8; ++b) full.rows[b] = static_cast<uint8_t>(depth / 2);
     load_tile_config(full);
   }
   ~TileScope() { load_tile_config(before_); }

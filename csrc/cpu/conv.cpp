@@ -13,6 +13,11 @@
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
 //   window per pixel, against `out` multiply-adds for each of its values. To split a float32 in two
 //   costs several times a copy: so where windows overlap the block's rows of x are split before.
+//   Windows of few channels need no gathering: the rows of x that a task needs are copied with
+//   their padding, at kLineTap values a pixel. There windows lie at even distances, though they
+//   overlap, and a row of their taps is one step of K. The tiles' rows straddle cache lines, but
+//   that costs less than the copies: a stem of 7x7 has 21 values in a row of a window, which are
+//   moved at any place, for 64 products each.
 // - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then the pixels of x that a task
 //   needs are copied once, zero-padded, through the prologue.
 //
@@ -73,6 +78,12 @@ struct Reach {
  private:
   static int64_t span(const Job& p) { return (p.kernel_h - 1) * p.dilation_h + 1; }
 };
+
+// Whether each tap's channels are a run of the product; else those of several are.
+template <class Operand>
+bool is_per_tap(const Job& p, const Depth& depth) {
+  return depth.tap == padded<Operand>(p.in);
+}
 
 constexpr int64_t kMostPixels = 256;     // in a task
 constexpr int64_t kInCache = 512 << 10;  // bytes: half of a small L2
@@ -146,7 +157,7 @@ struct Geometry {
     }
 
     const int64_t pixel =
-        (g.windows == gathered ? g.depth.total() : p.in) * static_cast<int64_t>(sizeof(Operand));
+        (g.windows == gathered ? g.depth.total : p.in) * static_cast<int64_t>(sizeof(Operand));
     const int64_t most = max(32, min(kMostPixels, kInCache / max(1, pixel) / 32 * 32));
     g.share(p, threads, sizeof(Operand), sizeof(E));
     const int64_t share = ceil_div(g.pixels, ceil_div(threads, g.groups));
@@ -157,16 +168,16 @@ struct Geometry {
     g.blocks = ceil_div(g.pixels, g.block);
     if (g.windows == converted) {
       g.rows = Reach::most(p, g.block / p.out_width);
-    } else if (g.windows == gathered && !is_of_maps<Operand> && g.depth.length == p.in) {
+    } else if (g.windows == gathered && !is_of_maps<Operand> && is_per_tap<Operand>(p, g.depth)) {
       const int64_t rows = Reach::most(p, (g.block - 2) / p.out_width + 2);
-      if (2 * rows * p.width <= g.block * g.depth.runs) g.rows = rows;
+      if (2 * rows * p.width <= g.block * p.kernel_h * p.kernel_w) g.rows = rows;
     }
     return g;
   }
 
   void share(const Job& p, int threads, int64_t operand_bytes, int64_t element_bytes) {
-    channels = share_channels(p, threads, pixels, depth.total(), depth.total() * operand_bytes,
-                              element_bytes);
+    channels =
+        share_channels(p, threads, pixels, depth.total, depth.total * operand_bytes, element_bytes);
     groups = ceil_div(p.out, channels);
   }
 };
@@ -187,13 +198,13 @@ struct Buffers {
       rows = scratch.take<char>(g.given_rows(p) * p.width * p.in * bytes);
     }
     if (g.windows == Geometry::pointwise)
-      a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total()));
+      a = scratch.take<Operand>(round_up(g.block, 32) * max(g.pitch, g.depth.total));
     if (g.windows == Geometry::gathered)
-      a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total());
-    if (g.windows == Geometry::gathered && !is_of_maps<Operand> && g.depth.length != p.in)
-      window = scratch.take<float>(g.depth.total());
+      a = scratch.take<Operand>(round_up(g.block, 32) * g.depth.total);
+    if (g.windows == Geometry::gathered && !is_of_maps<Operand> && !is_per_tap<Operand>(p, g.depth))
+      window = scratch.take<float>(g.depth.total);
     if (g.windows == Geometry::gathered)
-      split = scratch.take<Operand>(g.rows * p.width * g.depth.stride);
+      split = scratch.take<Operand>(g.rows * p.width * g.depth.tap);
     if (g.windows == Geometry::converted) a = scratch.take<Operand>(g.rows * p.width * g.pitch);
     if (g.windows == Geometry::in_place || g.windows == Geometry::converted) {
       zeros = scratch.take<Operand>(g.run * p.in);
@@ -234,18 +245,18 @@ inline void copy_run(const bf16* x, int64_t count, bf16* y) {
 template <class Operand, class E>
 void gather_window(const Job& p, const Depth& depth, const E* image, int64_t top, int64_t left,
                    Operand* a) {
-  const int64_t tap = depth.runs > 1 ? depth.stride : p.in;  // from one tap to the next in a
+  const int64_t tap = depth.tap;
   const Inside rows(top, p.dilation_h, p.kernel_h, p.height);
   const Inside columns(left, p.dilation_w, p.kernel_w, p.width);
   const int64_t inside = rows.size() * columns.size();
   // Zeros where nothing will be written, if that is at the end, as within the map.
   const int64_t written = inside == p.kernel_h * p.kernel_w && tap == p.in ? inside * tap : 0;
-  if (inside * p.in != depth.total()) clear(a, written, depth.total());
+  if (inside * p.in != depth.total) clear(a, written, depth.total);
   if (inside == 0) return;
   const int64_t step = p.dilation_w * p.in;
   for (int64_t y = rows.first; y < rows.last; ++y) {
     const E* x = image + ((top + y * p.dilation_h) * p.width + left) * p.in + columns.first * step;
-    Operand* to = a + (y * p.kernel_w + columns.first) * tap;
+    Operand* to = a + y * depth.row + columns.first * tap;
     if (!p.scale && tap == p.in && step == p.in) {  // neighbours in a as they are in x
       if constexpr (is_same<Operand, E> && is_same<E, bf16>) {
         copy_run(x, columns.size() * p.in, to);
@@ -267,12 +278,12 @@ void gather(const Job& p, const Geometry& g, int64_t first, int64_t pixels,
   const E* x = static_cast<const E*>(p.x);
   Cursor at(first, p.out_width);    // rows are numbered through the batch,
   Cursor in(at.row, p.out_height);  // here by image
-  for (; pixels > 0; --pixels, a += g.depth.total()) {
+  for (; pixels > 0; --pixels, a += g.depth.total) {
     const E* image = x + in.row * p.height * p.width * p.in;
     const int64_t top = in.column * p.stride_h - p.pad_h, left = at.column * p.stride_w - p.pad_w;
     if (buffers.window) {
       gather_window(p, g.depth, image, top, left, buffers.window);
-      prologue(buffers.window, g.depth.total(), nullptr, nullptr, a);
+      prologue(buffers.window, g.depth.total, nullptr, nullptr, a);
     } else {
       gather_window(p, g.depth, image, top, left, a);
     }
@@ -370,16 +381,16 @@ Segment<Operand> windows(const Job& p, const Geometry& g, const Buffers<Operand>
   const bool dense = g.windows == Geometry::pointwise && !p.scale && g.pitch == p.in &&
                      readable<Operand>(x, pixels, p.in);
   const int64_t stride =
-      g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total();
+      g.windows == Geometry::pointwise && g.pitch > p.in ? g.pitch : g.depth.total;
   for (int64_t i = 0; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) a_at[i] = i * stride;
-  auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total(), p.weight);
+  auto segment = Segment<Operand>::dense(buffers.a, a_at, g.depth.total, p.weight);
   if (!is_of_maps<Operand> && g.windows == Geometry::gathered && g.rows > 0) {
     const Reach rows(p, first / p.out_width, (first + pixels - 1) / p.out_width);
     const E* from = static_cast<const E*>(p.x) + rows.first * p.width * p.in;
     prologue_pixels(from, max(0, rows.last - rows.first) * p.width, p.in, p.scale, p.shift,
                     buffers.split);
     Job split = p;  // the same, of an x that has been through the prologue
-    split.in = g.depth.stride;
+    split.in = g.depth.tap;
     split.x = buffers.split - rows.first * p.width * split.in;
     split.scale = split.shift = nullptr;
     gather<Operand, Operand>(split, g, first, pixels, buffers);
@@ -546,11 +557,171 @@ void run_tiles(Tiles, const Job& p, const TileTasks& tasks, int64_t begin, int64
   }
 }
 
+// ---- By lines ----
+
+// A task is some rows of y in one image by some of the channels.
+template <class Operand>
+struct LineTasks {
+  int64_t across;            // slots in a row of y: whole groups
+  int64_t tall, blocks;      // rows of y; tasks that share an image's rows
+  int64_t channels, groups;  // per task; tasks that share all channels
+  int64_t lines, line;       // of a task; values in each
+
+  LineTasks(const Job& p, int threads) {
+    across = round_up(p.out_width, Tiling<Operand>::kGroup);
+    const Depth depth = depth_of_lines<Operand>(p.kernel_h);
+    channels = share_channels(p, threads, p.batch * p.out_height * across, depth.total,
+                              depth.total * sizeof(Operand), sizeof(Operand));
+    groups = ceil_div(p.out, channels);
+    const int64_t share = ceil_div(p.batch * p.out_height, ceil_div(threads, groups));
+    blocks = ceil_div(p.out_height, min(share, max(1, kMostPixels / across)));
+    tall = ceil_div(p.out_height, blocks);
+    blocks = ceil_div(p.out_height, tall);
+    lines = (tall - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+    // Conversion goes by whole registers, and writes so many pixels more.
+    line =
+        round_up(max((across - 1) * p.stride_w + p.kernel_w, p.pad_w + p.width + kLanes) * kLineTap,
+                 Tiling<Operand>::kDepth);
+  }
+  int64_t count(const Job& p) const { return p.batch * blocks * groups; }
+  Operand* take(Scratch& scratch) const { return scratch.take<Operand>(lines * line); }
+};
+
+// Pixels of x with kLineTap values each, zeros behind the channels; up to kLanes - 1 more.
+template <class From, class Operand>
+void widen(const Job& p, const From* x, const Strides& strides, Operand* to) {
+  if (strides.width == 1 && !p.scale) {  // planes: in registers of pixels
+    each(p.width, [&](int64_t i, auto lanes) {
+      Bits pairs[2] = {};  // of channels
+      for (int64_t c = 0; c < p.in; ++c) {
+        const Halves values = to_bf16(load(x + c * strides.channels + i, lanes));
+        pairs[c / 2] |= __builtin_convertvector(values, Bits) << (c % 2 * 16);
+      }
+      const Vec low = (Vec)pairs[0], high = (Vec)pairs[1];
+      const Vec both[2] = {Zip<kLanes>::low(low, high), Zip<kLanes>::high(low, high)};
+      memcpy(static_cast<void*>(to + i * kLineTap), both, sizeof both);
+    });
+    return;
+  }
+  int64_t done = 0;
+  if constexpr (kLanes == 16) {
+    if (p.in == 3 && strides.channels == 1 && strides.width == 3 && !p.scale) {  // four at a time
+      for (; done + 4 <= p.width; done += 4, x += 12, to += 4 * kLineTap)
+        store(to,
+              __builtin_shufflevector(load(x, Part{12}), Vec{}, 0, 1, 2, 16, 3, 4, 5, 16, 6, 7, 8,
+                                      16, 9, 10, 11, 16),
+              Whole{});
+    }
+  }
+  const Part all{static_cast<int>(p.in)};
+  for (int64_t i = done; i < p.width; ++i, x += strides.width, to += kLineTap) {
+    Vec values{};
+    if (strides.channels == 1) {
+      values = load(x, all);
+    } else {
+      for (int64_t c = 0; c < p.in; ++c) values[c] = value(x[c * strides.channels]);
+    }
+    if (p.scale) {  // of activations, which are bfloat16
+      values = from_bf16(to_bf16(values));
+      values = relu(fma(values, load(p.scale, all), load(p.shift, all)));
+    }
+    store(to, values, Part{kLineTap});
+  }
+}
+
+// The lines of one task after the other; those of the one before are kept.
+template <class Operand, class E>
+class Lines {
+ public:
+  Lines(const Job& p, const LineTasks<Operand>& tasks, Operand* memory)
+      : p_(p), tasks_(tasks), to_(memory) {
+    if (!p.as_given) {
+      p_.x_element = is_same<E, bf16> ? Element::bfloat16 : Element::float32;
+      p_.x_strides = {p.height * p.width * p.in, 1, p.width * p.in, p.in};
+    }
+  }
+
+  // From row `top` of an image on, which may lie outside.
+  void read(int64_t image, int64_t top) {
+    int64_t kept = 0;
+    if (image == image_ && top >= top_ && top < top_ + tasks_.lines) {
+      kept = top_ + tasks_.lines - top;
+      memmove(static_cast<void*>(to_), to_ + (top - top_) * tasks_.line,
+              kept * tasks_.line * sizeof(Operand));
+    }
+    image_ = image;
+    top_ = top;
+    for (int64_t i = kept; i < tasks_.lines; ++i) read_row(top + i, to_ + i * tasks_.line);
+  }
+
+ private:
+  void read_row(int64_t row, Operand* line) {
+    const bool is_inside = row >= 0 && row < p_.height;
+    const int64_t begin = p_.pad_w * kLineTap, end = begin + p_.width * kLineTap;
+    clear(line, 0, is_inside ? begin : tasks_.line);
+    if (!is_inside) return;
+    with_element(p_.x_element, [&](auto from) {
+      const auto* x = static_cast<const decltype(from)*>(p_.x);
+      widen(p_, x + image_ * p_.x_strides.batch + row * p_.x_strides.height, p_.x_strides,
+            line + begin);
+    });
+    clear(line, end, tasks_.line);
+  }
+
+  Job p_;
+  const LineTasks<Operand>& tasks_;
+  Operand* to_;
+  int64_t image_ = -1, top_ = 0;
+};
+
+template <class Operand, class E>
+void run_lines(const Job& p, int threads, int64_t begin, int64_t end, void* memory) {
+  const LineTasks<Operand> tasks(p, threads);
+  Scratch scratch(memory);
+  Operand* to = tasks.take(scratch);
+  Lines<Operand, E> lines(p, tasks, to);
+  const typename Tiling<Operand>::Scope scope(p.kernel_w * kLineTap);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image_block = task % (p.batch * tasks.blocks);
+    const int64_t n = task / (p.batch * tasks.blocks) * tasks.channels;
+    const int64_t image = image_block / tasks.blocks;
+    const int64_t first = image_block % tasks.blocks * tasks.tall;
+    const int64_t rows = min(tasks.tall, p.out_height - first);
+    lines.read(image, first * p.stride_h - p.pad_h);
+    const int64_t slots = rows * tasks.across;
+    for (int64_t done = 0; done < slots; done += kMostPixels) {
+      const int64_t count = min(kMostPixels, slots - done);
+      int64_t a_at[kMostPixels], y_at[kMostPixels];
+      Cursor at(done, tasks.across);
+      for (int64_t i = 0; i < count; ++i, at.next()) {
+        a_at[i] = at.row * p.stride_h * tasks.line + at.column * p.stride_w * kLineTap;
+        const int64_t y =
+            (image * p.full_height + p.first_h + (first + at.row) * p.step_h) * p.full_width;
+        y_at[i] = at.column < p.out_width ? (y + p.first_w + at.column * p.step_w) * p.out : -1;
+      }
+      const Segment<Operand> segment{.a = to,
+                                     .at = a_at,
+                                     .stride = p.stride_w * kLineTap,
+                                     .taps = p.kernel_h,
+                                     .tap_stride = p.dilation_h * tasks.line,
+                                     .depth = Tiling<Operand>::kDepth,
+                                     .b = p.weight};
+      gemm(&segment, 1, count, n, min(p.out, n + tasks.channels),
+           Epilogue<E>{.bias = p.bias,
+                       .relu = p.relu,
+                       .relu_sum = p.relu_sum,
+                       .y = static_cast<E*>(p.y),
+                       .y_at = y_at,
+                       .add = static_cast<const E*>(p.add)});
+    }
+  }
+}
+
 // ---- Either way ----
 
 Work plan(const Job& p, int threads) {
   Work work;
-  if (p.method != Method::direct) {
+  if (p.method == Method::tiles2 || p.method == Method::tiles4) {
     with_types(p.precision, [&](auto, auto element) {
       const TileTasks tasks(p, threads, sizeof element);
       Scratch scratch(nullptr);
@@ -560,16 +731,23 @@ Work plan(const Job& p, int threads) {
     return work;
   }
   with_types(p.precision, [&](auto operand, auto element) {
-    const Geometry g = Geometry::of(p, threads, operand, element);
+    using Operand = decltype(operand);
     Scratch scratch(nullptr);
-    Buffers<decltype(operand)>(p, g, scratch);
+    if (p.method == Method::lines) {
+      const LineTasks<Operand> tasks(p, threads);
+      tasks.take(scratch);
+      work = {.tasks = tasks.count(p), .scratch = scratch.used()};
+      return;
+    }
+    const Geometry g = Geometry::of(p, threads, operand, element);
+    Buffers<Operand>(p, g, scratch);
     work = {.tasks = g.tasks(), .scratch = scratch.used()};
   });
   return work;
 }
 
 void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
-  if (p.method != Method::direct) {
+  if (p.method == Method::tiles2 || p.method == Method::tiles4) {
     with_types(p.precision, [&](auto, auto element) {
       using E = decltype(element);
       const TileTasks tasks(p, threads, sizeof(E));
@@ -582,7 +760,12 @@ void run(const Job& p, int threads, int64_t begin, int64_t end, void* scratch) {
     return;
   }
   with_types(p.precision, [&](auto operand, auto element) {
-    run<decltype(operand), decltype(element)>(p, threads, begin, end, scratch);
+    using Operand = decltype(operand);
+    using E = decltype(element);
+    if constexpr (has_lines<Operand>) {
+      if (p.method == Method::lines) return run_lines<Operand, E>(p, threads, begin, end, scratch);
+    }
+    run<Operand, E>(p, threads, begin, end, scratch);
   });
 }
 
@@ -645,6 +828,16 @@ void each_phase(const ConvTransposeParams& p, F f) {
 }
 
 }  // namespace
+
+bool goes_by_lines(const ConvParams& p) {
+  bool result = false;
+  with_types(p.precision, [&](auto operand, auto) {
+    using Operand = decltype(operand);
+    result = has_lines<Operand> && p.in <= kLineTap && p.kernel_h * p.kernel_w > 1 &&
+             p.kernel_w * kLineTap < Tiling<Operand>::kDepth && p.dilation_w == 1;
+  });
+  return result;
+}
 
 Work plan_conv(const ConvParams& p, int threads) { return plan(Job(p), threads); }
 

@@ -50,7 +50,9 @@ struct Tiling<float> {
   static constexpr int64_t kGroup = 1;       // slots whose rows must lie evenly spaced
   static constexpr int64_t kDepth = 1;       // channels of A come in multiples of this,
   static constexpr int64_t kWidth = kLanes;  // those of B of this
-  struct Scope {};                           // lives around a task range's products
+  struct Scope {                             // lives around a task range's products
+    explicit Scope(int64_t = kDepth) {}
+  };
 };
 
 // A pixel's channels as an operand: padded with zeros.
@@ -363,19 +365,28 @@ struct Slots {
   bool is_pixel(const Cursor& at) const { return at.row < rows && at.column < columns; }
 };
 
-// How a convolution's K lies in A and B: `runs` of `length` values, padded to `stride`.
+// How a convolution's K lies in A and B: a tap's channels, `tap` values from one tap of a row to
+// the next and `row` from one row of taps to the next; zeros between them and behind them.
 struct Depth {
-  int64_t runs, length, stride;
-  int64_t total() const { return runs * stride; }
+  int64_t tap, row, total;
 };
 
 // One run of channels per tap of the kernel; but a stem's 7x7 taps of 3 channels, padded each,
 // would be mostly padding, so there the whole window is one run.
 template <class Operand>
 constexpr Depth depth_of(int64_t in, int64_t kernel_h, int64_t kernel_w) {
-  const int64_t taps = kernel_h * kernel_w;
-  if (in < 16 && taps > 9) return {1, taps * in, padded<Operand>(taps * in)};
-  return {taps, in, padded<Operand>(in)};
+  const int64_t taps = kernel_h * kernel_w, tap = padded<Operand>(in);
+  if (in < 16 && taps > 9) return {in, kernel_w * in, padded<Operand>(taps * in)};
+  return {tap, kernel_w * tap, taps * tap};
+}
+
+// By lines: a row of taps of few channels is one step of an AMX product.
+constexpr int64_t kLineTap = 4;
+template <class Operand>
+constexpr bool has_lines = Tiling<Operand>::kGroup > 1 && is_of_maps<Operand>;
+template <class Operand>
+constexpr Depth depth_of_lines(int64_t kernel_h) {
+  return {kLineTap, Tiling<Operand>::kDepth, kernel_h * Tiling<Operand>::kDepth};
 }
 
 }  // namespace hgfast::cpu::HGFAST_ISA

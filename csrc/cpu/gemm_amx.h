@@ -31,7 +31,6 @@
 
 namespace hgfast::cpu::HGFAST_ISA {
 
-constexpr int64_t kTileDepth = 32;                         // values of k
 constexpr int64_t kTilePanel = 32;                         // channels
 constexpr int64_t kTileOfB = kTileRows * 32;               // values
 constexpr int64_t kSumBytes = kTilePanel * sizeof(float);  // a row of sums

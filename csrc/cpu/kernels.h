@@ -29,9 +29,9 @@ enum class Precision : int {
 };
 
 // How a convolution is computed, and what its weights are packed for: the sum over a window as it
-// stands, or, for 3x3 windows at every pixel, Winograd's algorithm on tiles of 2x2 or 4x4 pixels of
-// y (winograd.h).
-enum class Method : int { direct, tiles2, tiles4 };
+// stands; for 3x3 windows at every pixel, Winograd's algorithm on tiles of 2x2 or 4x4 pixels of y
+// (winograd.h); for few channels, the sum over windows that overlap in memory (conv.cpp).
+enum class Method : int { direct, tiles2, tiles4, lines };
 
 struct Work {
   int64_t tasks;   // independent pieces, numbered from 0
@@ -229,6 +229,9 @@ struct Kernels {
   // The fastest method for a 3x3 convolution with stride and dilation 1 whose y has this size. It
   // does not depend on batch or threads: neither do the bits of a result.
   Method (*choose)(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
+
+  // Whether a convolution goes by Method::lines, whatever the size of its maps.
+  bool (*goes_by_lines)(const ConvParams&);
 
   // A convolution's weight (out, in, kernel_h, kernel_w), float32, into the layout this
   // instruction set multiplies fastest at this precision. 64-byte aligned.

@@ -8,17 +8,18 @@ namespace hgfast::cpu::HGFAST_ISA {
 namespace {
 
 struct Weights {
-  const float* weight;  // (out, in, taps)
-  int64_t out, in, taps;
+  const float* weight;  // (out, in, kernel_h, kernel_w)
+  int64_t out, in, kernel_h, kernel_w;
   Depth depth;
 
   // to(i, weight of channel n0 + i at place k of the padded depth), 0 in the padding.
   template <class F>
   void each_channel(int64_t n0, int64_t count, int64_t k, F to) const {
-    const int64_t within = k % depth.stride;
-    const int64_t flat = k / depth.stride * depth.length + within;  // (tap, in channel)
-    const float* from = weight + (n0 * in + flat % in) * taps + flat / in;
-    const int64_t real = within < depth.length ? min(count, out - n0) : 0;
+    const int64_t taps = kernel_h * kernel_w;
+    const int64_t row = k / depth.row, column = k % depth.row / depth.tap, c = k % depth.tap;
+    const bool is_tap = row < kernel_h && column < kernel_w && c < in;
+    const int64_t real = is_tap ? min(count, out - n0) : 0;
+    const float* from = is_tap ? weight + (n0 * in + c) * taps + row * kernel_w + column : nullptr;
     for (int64_t i = 0; i < real; ++i, from += in * taps) to(i, *from);
     for (int64_t i = real; i < count; ++i) to(i, 0.0f);
   }
@@ -29,7 +30,7 @@ void pack_panels(const Weights& weights, float* packed) {
   const int64_t out = round_up(weights.out, kLanes);
   for (int64_t n0 = 0; n0 < out; n0 += kPanel) {
     const int64_t width = min(kPanel, out - n0);
-    for (int64_t k = 0; k < weights.depth.total(); ++k, packed += width)
+    for (int64_t k = 0; k < weights.depth.total; ++k, packed += width)
       weights.each_channel(n0, width, k, [&](int64_t i, float w) { packed[i] = w; });
   }
 }
@@ -38,20 +39,20 @@ void pack_panels(const Weights& weights, float* packed) {
 // [panel][k / 32][half of the panel][k pair][channel][2]
 void pack_panels(const Weights& weights, bf16* packed) {
   for (int64_t n0 = 0; n0 < weights.out; n0 += kTilePanel) {
-    for (int64_t k = 0; k < weights.depth.total(); ++k) {
+    for (int64_t k = 0; k < weights.depth.total; ++k) {
       bf16* pair = packed + k / 32 * (2 * kTileOfB) + k % 32 / 2 * 32 + k % 2;
       weights.each_channel(n0, kTilePanel, k, [&](int64_t i, float w) {
         store(pair + i / 16 * kTileOfB + i % 16 * 2, splat(w), Part{1});
       });
     }
-    packed += weights.depth.total() * kTilePanel;
+    packed += weights.depth.total * kTilePanel;
   }
 }
 
 // [panel][k / 32][high or low parts][half of the panel][k pair][channel][2]
 void pack_panels(const Weights& weights, bf16x2* packed) {
   for (int64_t n0 = 0; n0 < weights.out; n0 += kTilePanel) {
-    for (int64_t k = 0; k < weights.depth.total(); ++k) {
+    for (int64_t k = 0; k < weights.depth.total; ++k) {
       bf16* pair =
           reinterpret_cast<bf16*>(packed) + k / 32 * (4 * kTileOfB) + k % 32 / 2 * 32 + k % 2;
       weights.each_channel(n0, kTilePanel, k, [&](int64_t i, float w) {
@@ -61,7 +62,7 @@ void pack_panels(const Weights& weights, bf16x2* packed) {
         store(high + 2 * kTileOfB, parts.low, Part{1});
       });
     }
-    packed += weights.depth.total() * kTilePanel;
+    packed += weights.depth.total * kTilePanel;
   }
 }
 #endif
@@ -92,6 +93,12 @@ void pack_tiles(const float* weight, int64_t out, int64_t in, float* packed) {
     }
     packed += kPlaces * in * width;
   }
+}
+
+template <class Operand>
+Depth depth_by(Method method, int64_t in, int64_t kernel_h, int64_t kernel_w) {
+  return method == Method::lines ? depth_of_lines<Operand>(kernel_h)
+                                 : depth_of<Operand>(in, kernel_h, kernel_w);
 }
 
 }  // namespace
@@ -125,14 +132,14 @@ Method choose(Precision precision, int64_t height, int64_t width, int64_t in, in
 size_t packed_bytes(Precision precision, Method method, int64_t out, int64_t in, int64_t kernel_h,
                     int64_t kernel_w) {
   size_t bytes = 0;
-  if (method != Method::direct) {
+  if (method == Method::tiles2 || method == Method::tiles4) {
     const int64_t places = method == Method::tiles2 ? Tiles<2>::kPlaces : Tiles<4>::kPlaces;
     return places * in * round_up(out, kLanes) * sizeof(float);
   }
   with_types(precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
     const int64_t channels = round_up(out, Tiling<Operand>::kWidth);
-    bytes = depth_of<Operand>(in, kernel_h, kernel_w).total() * channels * sizeof(Operand);
+    bytes = depth_by<Operand>(method, in, kernel_h, kernel_w).total * channels * sizeof(Operand);
   });
   return round_up(bytes, kAlign);
 }
@@ -143,8 +150,8 @@ void pack(Precision precision, Method method, int64_t out, int64_t in, int64_t k
   if (method == Method::tiles4) return pack_tiles<4>(weight, out, in, static_cast<float*>(packed));
   with_types(precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
-    const Depth depth = depth_of<Operand>(in, kernel_h, kernel_w);
-    pack_panels({weight, out, in, kernel_h * kernel_w, depth}, static_cast<Operand*>(packed));
+    const Depth depth = depth_by<Operand>(method, in, kernel_h, kernel_w);
+    pack_panels({weight, out, in, kernel_h, kernel_w, depth}, static_cast<Operand*>(packed));
   });
 }
 

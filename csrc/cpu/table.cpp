@@ -14,6 +14,7 @@ const Kernels table = {
     .name = HGFAST_NAME(HGFAST_ISA),
     .high = kHigh,
     .choose = choose,
+    .goes_by_lines = goes_by_lines,
     .packed_bytes = packed_bytes,
     .pack = pack,
     .plan_bottleneck = plan_bottleneck,

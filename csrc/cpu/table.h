@@ -6,6 +6,7 @@
 namespace hgfast::cpu::HGFAST_ISA {
 
 Method choose(Precision, int64_t height, int64_t width, int64_t in, int64_t out);
+bool goes_by_lines(const ConvParams&);
 size_t packed_bytes(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w);
 void pack(Precision, Method, int64_t out, int64_t in, int64_t kernel_h, int64_t kernel_w,
           const float* weight, void* packed);
