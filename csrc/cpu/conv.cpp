@@ -587,19 +587,31 @@ struct LineTasks {
   Operand* take(Scratch& scratch) const { return scratch.take<Operand>(lines * line); }
 };
 
-// Pixels of x with kLineTap values each, zeros behind the channels; up to kLanes - 1 more.
-template <class From, class Operand>
-void widen(const Job& p, const From* x, const Strides& strides, Operand* to) {
+// Pixels of x with kLineTap values each, zeros behind the channels, and up to kLanes - 1 more; each
+// part `apart` values behind the one before.
+template <class Operand, class From>
+void widen(const Job& p, const From* x, const Strides& strides, bf16* to, int64_t apart) {
+  constexpr int kParts = sizeof(Operand) / sizeof(bf16);
+  const Operand* const type = nullptr;
+  const auto put = [&](Vec values, auto lanes) {
+    Halves parts[kParts];
+    split(values, type, parts);
+    for (int i = 0; i < kParts; ++i) store(to + i * apart, parts[i], lanes);
+  };
   if (strides.width == 1 && !p.scale) {  // planes: in registers of pixels
     each(p.width, [&](int64_t i, auto lanes) {
-      Bits pairs[2] = {};  // of channels
+      Bits pairs[kParts][2] = {};  // of channels
       for (int64_t c = 0; c < p.in; ++c) {
-        const Halves values = to_bf16(load(x + c * strides.channels + i, lanes));
-        pairs[c / 2] |= __builtin_convertvector(values, Bits) << (c % 2 * 16);
+        Halves parts[kParts];
+        split(load(x + c * strides.channels + i, lanes), type, parts);
+        for (int part = 0; part < kParts; ++part)
+          pairs[part][c / 2] |= __builtin_convertvector(parts[part], Bits) << (c % 2 * 16);
       }
-      const Vec low = (Vec)pairs[0], high = (Vec)pairs[1];
-      const Vec both[2] = {Zip<kLanes>::low(low, high), Zip<kLanes>::high(low, high)};
-      memcpy(static_cast<void*>(to + i * kLineTap), both, sizeof both);
+      for (int part = 0; part < kParts; ++part) {
+        const Vec low = (Vec)pairs[part][0], high = (Vec)pairs[part][1];
+        const Vec both[2] = {Zip<kLanes>::low(low, high), Zip<kLanes>::high(low, high)};
+        memcpy(static_cast<void*>(to + part * apart + i * kLineTap), both, sizeof both);
+      }
     });
     return;
   }
@@ -607,10 +619,9 @@ void widen(const Job& p, const From* x, const Strides& strides, Operand* to) {
   if constexpr (kLanes == 16) {
     if (p.in == 3 && strides.channels == 1 && strides.width == 3 && !p.scale) {  // four at a time
       for (; done + 4 <= p.width; done += 4, x += 12, to += 4 * kLineTap)
-        store(to,
-              __builtin_shufflevector(load(x, Part{12}), Vec{}, 0, 1, 2, 16, 3, 4, 5, 16, 6, 7, 8,
-                                      16, 9, 10, 11, 16),
-              Whole{});
+        put(__builtin_shufflevector(load(x, Part{12}), Vec{}, 0, 1, 2, 16, 3, 4, 5, 16, 6, 7, 8, 16,
+                                    9, 10, 11, 16),
+            Whole{});
     }
   }
   const Part all{static_cast<int>(p.in)};
@@ -621,15 +632,16 @@ void widen(const Job& p, const From* x, const Strides& strides, Operand* to) {
     } else {
       for (int64_t c = 0; c < p.in; ++c) values[c] = value(x[c * strides.channels]);
     }
-    if (p.scale) {  // of activations, which are bfloat16
-      values = from_bf16(to_bf16(values));
+    if (p.scale) {
+      if (is_of_maps<Operand>) values = from_bf16(to_bf16(values));  // as activations are
       values = relu(fma(values, load(p.scale, all), load(p.shift, all)));
     }
-    store(to, values, Part{kLineTap});
+    put(values, Part{kLineTap});
   }
 }
 
-// The lines of one task after the other; those of the one before are kept.
+// The lines of one task after the other; those of the one before are kept. A split operand's line
+// is one of high parts and one of low parts.
 template <class Operand, class E>
 class Lines {
  public:
@@ -655,17 +667,22 @@ class Lines {
   }
 
  private:
-  void read_row(int64_t row, Operand* line) {
+  void read_row(int64_t row, Operand* to) {
     const bool is_inside = row >= 0 && row < p_.height;
     const int64_t begin = p_.pad_w * kLineTap, end = begin + p_.width * kLineTap;
-    clear(line, 0, is_inside ? begin : tasks_.line);
+    bf16* line = reinterpret_cast<bf16*>(to);
+    const auto clear_parts = [&](int64_t first, int64_t last) {
+      for (size_t i = 0; i < sizeof(Operand) / sizeof(bf16); ++i)
+        clear(line + i * tasks_.line, first, last);
+    };
+    clear_parts(0, is_inside ? begin : tasks_.line);
     if (!is_inside) return;
     with_element(p_.x_element, [&](auto from) {
       const auto* x = static_cast<const decltype(from)*>(p_.x);
-      widen(p_, x + image_ * p_.x_strides.batch + row * p_.x_strides.height, p_.x_strides,
-            line + begin);
+      widen<Operand>(p_, x + image_ * p_.x_strides.batch + row * p_.x_strides.height, p_.x_strides,
+                     line + begin, tasks_.line);
     });
-    clear(line, end, tasks_.line);
+    clear_parts(end, tasks_.line);
   }
 
   Job p_;
@@ -681,6 +698,8 @@ void run_lines(const Job& p, int threads, int64_t begin, int64_t end, void* memo
   Operand* to = tasks.take(scratch);
   Lines<Operand, E> lines(p, tasks, to);
   const typename Tiling<Operand>::Scope scope(p.kernel_w * kLineTap);
+  // From one slot to the next, in operands, though their parts lie in two lines.
+  const int64_t step = p.stride_w * kLineTap * sizeof(bf16) / sizeof(Operand);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t image_block = task % (p.batch * tasks.blocks);
     const int64_t n = task / (p.batch * tasks.blocks) * tasks.channels;
@@ -694,14 +713,14 @@ void run_lines(const Job& p, int threads, int64_t begin, int64_t end, void* memo
       int64_t a_at[kMostPixels], y_at[kMostPixels];
       Cursor at(done, tasks.across);
       for (int64_t i = 0; i < count; ++i, at.next()) {
-        a_at[i] = at.row * p.stride_h * tasks.line + at.column * p.stride_w * kLineTap;
+        a_at[i] = at.row * p.stride_h * tasks.line + at.column * step;
         const int64_t y =
             (image * p.full_height + p.first_h + (first + at.row) * p.step_h) * p.full_width;
         y_at[i] = at.column < p.out_width ? (y + p.first_w + at.column * p.step_w) * p.out : -1;
       }
       const Segment<Operand> segment{.a = to,
                                      .at = a_at,
-                                     .stride = p.stride_w * kLineTap,
+                                     .stride = step,
                                      .taps = p.kernel_h,
                                      .tap_stride = p.dilation_h * tasks.line,
                                      .depth = Tiling<Operand>::kDepth,

@@ -100,6 +100,7 @@ struct Segment {
   int64_t taps, tap_stride, depth;
   const void* b;        // packed
   int64_t at_step = 0;  // from a slot's place in `at` to that of its next tap; float32 only
+  int64_t parts = 64;   // bytes from a split operand's high parts to its low ones; bf16x3 only
 
   // Pixels one after the other, one run of `depth` each.
   static Segment dense(const Operand* a, const int64_t* at, int64_t depth, const void* b) {
@@ -383,7 +384,7 @@ constexpr Depth depth_of(int64_t in, int64_t kernel_h, int64_t kernel_w) {
 // By lines: a row of taps of few channels is one step of an AMX product.
 constexpr int64_t kLineTap = 4;
 template <class Operand>
-constexpr bool has_lines = Tiling<Operand>::kGroup > 1 && is_of_maps<Operand>;
+constexpr bool has_lines = Tiling<Operand>::kGroup > 1;
 template <class Operand>
 constexpr Depth depth_of_lines(int64_t kernel_h) {
   return {kLineTap, Tiling<Operand>::kDepth, kernel_h * Tiling<Operand>::kDepth};

@@ -70,6 +70,14 @@ struct Parts {
   }
 };
 
+// A register as an operand of either type, part by part.
+inline void split(Vec x, const bf16*, Halves* parts) { parts[0] = to_bf16(x); }
+inline void split(Vec x, const bf16x2*, Halves* parts) {
+  const Parts both(x);
+  parts[0] = both.high;
+  parts[1] = both.low;
+}
+
 template <class Lanes>
 inline void put(bf16x2* row, int64_t i, Vec x, Lanes lanes) {
   static_assert(kTileDepth % kLanes == 0);
@@ -98,7 +106,7 @@ inline void multiply_loaded() {
   if constexpr (GroupsA > 1 && GroupsB > 1) tile_multiply<3, 5, 7>();
 }
 template <int GroupsA, int GroupsB>
-inline void multiply_step(const bf16* a0, const bf16* a1, int64_t stride, const bf16* b) {
+inline void multiply_step(const bf16* a0, const bf16* a1, int64_t stride, int64_t, const bf16* b) {
   tile_load<4>(a0, stride);
   tile_load<6>(b, kTileBytes);
   tile_multiply<0, 4, 6>();
@@ -113,12 +121,12 @@ inline void multiply_step(const bf16* a0, const bf16* a1, int64_t stride, const 
   if constexpr (GroupsA > 1 && GroupsB > 1) tile_multiply<3, 5, 7>();
 }
 
-// The same of split operands. `part`: 0 is the high one.
+// The same of split operands. A's low parts begin `parts` bytes behind the high ones. `part`: 0 is
+// the high one.
 template <int GroupsA>
-inline void load_a(const bf16x2* a0, const bf16x2* a1, int64_t stride, int part) {
-  const int64_t at = part * kTileBytes;
-  tile_load<4>(reinterpret_cast<const char*>(a0) + at, stride);
-  if constexpr (GroupsA > 1) tile_load<5>(reinterpret_cast<const char*>(a1) + at, stride);
+inline void load_a(const bf16x2* a0, const bf16x2* a1, int64_t stride, int64_t from) {
+  tile_load<4>(reinterpret_cast<const char*>(a0) + from, stride);
+  if constexpr (GroupsA > 1) tile_load<5>(reinterpret_cast<const char*>(a1) + from, stride);
 }
 template <int GroupsB>
 inline void load_b(const bf16x2* b, int part) {
@@ -127,8 +135,9 @@ inline void load_b(const bf16x2* b, int part) {
   if constexpr (GroupsB > 1) tile_load<7>(tile + kTileOfB, kTileBytes);
 }
 template <int GroupsA, int GroupsB>
-inline void multiply_step(const bf16x2* a0, const bf16x2* a1, int64_t stride, const bf16x2* b) {
-  load_a<GroupsA>(a0, a1, stride, 1);
+inline void multiply_step(const bf16x2* a0, const bf16x2* a1, int64_t stride, int64_t parts,
+                          const bf16x2* b) {
+  load_a<GroupsA>(a0, a1, stride, parts);
   load_b<GroupsB>(b, 0);
   multiply_loaded<GroupsA, GroupsB>();
   load_a<GroupsA>(a0, a1, stride, 0);
@@ -203,7 +212,7 @@ void multiply_tiles(const Segment<Operand>* segment, int segments, int64_t s0, i
           tile_store<6>(sums, kTileBytes);  // over rows that are finished
           since = 0;
         }
-        multiply_step<GroupsA, GroupsB>(a0 + k, a1 + k, stride, b);
+        multiply_step<GroupsA, GroupsB>(a0 + k, a1 + k, stride, segment->parts, b);
         before.finish(rows_per_step);
       }
     }
