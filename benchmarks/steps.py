@@ -24,6 +24,8 @@ from hgfast.recognition import recognise, tensors_of
 from hgfast.runtime import fusions
 from hgfast.runtime.cpu import CpuExecutor, takes_head
 
+FEATURES = 256
+
 
 @dataclass
 class Row:
@@ -65,7 +67,7 @@ def measured(
     stacks: int, precision: str, batch: int, size: int, calls: int
 ) -> tuple[dict[str, Row], str]:
     """The rows of one network, in the order in which they are first met, and what ran."""
-    model, x = network(stacks, size), images(batch, size)
+    model, x = network(stacks, FEATURES), images(batch, size)
     plan = recognise(model)
     weights = {name: tensors_of(model)[name] for name in plan.weights}
     executor = CpuExecutor(plan, weights, precision)
