@@ -3,9 +3,8 @@
     make build
     .venv/bin/python -m benchmarks.steps --stacks 2 --precision medium --threads 1
 
-Each kernel's time is the median over calls until all threads were done with it; the share of the
-limit is that of one core's products in AMX's tiles, where those run. Numbers of two machines, or of
-two minutes on a shared one, are not to be compared: rows of one run are.
+Each kernel's time is the median over calls, until all threads were done with it. Numbers of two
+machines, or of two minutes on a shared one, are not to be compared: rows of one run are.
 """
 
 from __future__ import annotations
@@ -38,8 +37,11 @@ class Row:
 
 def steps_of(plan: Plan) -> dict[int, list[int]]:
     """By the value that a kernel writes first, the outputs of all steps that it stands for."""
-    heads = fusions.heads(plan.steps, plan.inputs, output_values(plan.outputs), takes_head)
+    outputs = output_values(plan.outputs)
+    heads = fusions.heads(plan.steps, plan.inputs, outputs, takes_head)
     found = {step.output: [step.output] for step in plan.steps}
+    for block, maximum in fusions.pooling_blocks(plan.steps, outputs).items():
+        found[maximum] = [block]
     for head in heads:
         outputs = [step.output for step in head.steps]
         first = head.heatmaps or head.merge
@@ -48,9 +50,9 @@ def steps_of(plan: Plan) -> dict[int, list[int]]:
     return found
 
 
-def title(plan: Plan, op: str, value: int, shapes: dict[int, tuple[int, ...]]) -> str:
-    """As in "bottleneck 256/128/256 at 64x64"."""
-    step = next((step for step in plan.steps if step.output == value), None)
+def title(plan: Plan, op: str, outputs: list[int], shapes: dict[int, tuple[int, ...]]) -> str:
+    """As in "bottleneck 256/128/256 at 64x64"; of the first step of those that a kernel is."""
+    step = next((step for step in plan.steps if step.output in outputs), None)
     if step is None:
         return op
     channels = ""
@@ -60,7 +62,7 @@ def title(plan: Plan, op: str, value: int, shapes: dict[int, tuple[int, ...]]) -
     elif isinstance(step, Conv) and op == "conv":
         size = "x".join(map(str, step.conv.kernel_size))
         channels = f" {size} {step.conv.channels[0]}/{step.conv.channels[1]}"
-    return f"{op}{channels} at {'x'.join(map(str, shapes[value][2:]))}"
+    return f"{op}{channels} at {'x'.join(map(str, shapes[step.output][2:]))}"
 
 
 def measured(
@@ -79,9 +81,10 @@ def measured(
     rows: dict[str, Row] = defaultdict(Row)
     for kernel in zip(*samples, strict=True):
         op, value, _ = kernel[0]
-        row = rows[title(plan, op, value, shapes)]
+        outputs = stands_for.get(value, [])
+        row = rows[title(plan, op, outputs, shapes)]
         row.count += 1
-        row.flops += sum(flops[output] for output in stands_for.get(value, ()))
+        row.flops += sum(flops[output] for output in outputs)
         row.seconds += statistics.median(seconds for _, _, seconds in kernel)
     return rows, executor.backend
 

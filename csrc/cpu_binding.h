@@ -154,8 +154,10 @@ struct BottleneckWeights {
     }
   }
 
-  // The parameters for an input of this shape, of which the block sees the 2x2 maximum if `pool`.
-  cpu::BottleneckParams at(const std::string& where, const Shape& x, bool pool = false) const {
+  // The parameters for an input of this shape, of which the block sees the 2x2 maximum if `pool`;
+  // if `pool_y`, it gives that of its result.
+  cpu::BottleneckParams at(const std::string& where, const Shape& x, bool pool = false,
+                           bool pool_y = false) const {
     TORCH_CHECK_VALUE(x.channels == params.in, where, ": expected x of ", params.in,
                       " channels, as w1 has, given ", x);
     TORCH_CHECK_VALUE(!pool || (x.height > 1 && x.width > 1), where,
@@ -167,6 +169,9 @@ struct BottleneckWeights {
     p.x_width = x.width;
     p.height = pool ? x.height / 2 : x.height;
     p.width = pool ? x.width / 2 : x.width;
+    p.pool_y = pool_y;
+    TORCH_CHECK_VALUE(!pool_y || (p.height > 1 && p.width > 1), where,
+                      ": expected a result at least as large as the window of 2x2, given x ", x);
     std::tie(p.method, p.w2) = w2.at(kernels, p.precision, p.height, p.width);
     return p;
   }
@@ -390,7 +395,8 @@ struct PoolSettings {
 
 // The shape of each kernel's result.
 inline Shape result_of(const cpu::BottleneckParams& p) {
-  return {p.batch, p.out, p.height, p.width};
+  const int64_t factor = p.pool_y ? 2 : 1;
+  return {p.batch, p.out, p.height / factor, p.width / factor};
 }
 
 inline Shape result_of(const cpu::ConvParams& p) {

@@ -138,9 +138,10 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
                          const at::Tensor& w2, const at::Tensor& b2, const at::Tensor& w3,
                          const at::Tensor& b3, const OptionalTensor& wp, const OptionalTensor& bp,
                          std::optional<Id> low, bool relu, bool pool,
-                         const OptionalTensor& w2_factor) {
+                         const OptionalTensor& w2_factor, bool pool_y) {
   const char* op = "bottleneck";
   const std::string place = where(op);
+  TORCH_CHECK_VALUE(!low || !pool_y, place, ": expected no low where y is pooled");
   const auto weights = std::make_shared<const BottleneckWeights>(
       place, kernels_, precision_, scale, shift, w1, b1, w2, b2, w3, b3, wp, bp, relu, w2_factor);
   const Slot x = value(input), y = value(output), half = low ? value(*low) : -1;
@@ -148,7 +149,7 @@ void CpuPlan::bottleneck(Id input, Id output, const OptionalTensor& scale,
   if (low) reads.push_back(half);
   const auto* kernels = &kernels_;
   record(op, reads, {output}, [=](const std::vector<Shape>& shapes, int threads) {
-    auto p = weights->at(place, shapes[x], pool);
+    auto p = weights->at(place, shapes[x], pool, pool_y);
     const Shape result = result_of(p);
     if (half >= 0) check_shape(place, "low", shapes[half], half_of(place, result));
     p.x = p.y = some_map;
@@ -738,7 +739,14 @@ std::vector<at::Tensor> CpuPlan::run(const std::vector<at::Tensor>& inputs, Time
     for (int64_t begin = 0; begin < batch; begin += layout->piece) {
       const int64_t count = std::min(layout->piece, batch - begin);
       for (size_t i = 0; i < inputs.size(); ++i) piece[i] = inputs[i].narrow(0, begin, count);
-      run_layout(*layout_for(piece, to_nchw), piece, results, times);
+      Times own;
+      run_layout(*layout_for(piece, to_nchw), piece, results, times ? &own : nullptr);
+      if (times) times->resize(own.size());
+      for (size_t i = 0; i < own.size(); ++i) {  // every piece goes through the same kernels
+        const double before = (*times)[i].seconds;
+        (*times)[i] = own[i];
+        (*times)[i].seconds += before;
+      }
       for (size_t i = 0; i < results.size(); ++i)
         if (results[i])
           results[i] = static_cast<char*>(results[i]) + count * distinct[i].nbytes() / batch;

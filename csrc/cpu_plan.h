@@ -62,7 +62,7 @@ class CpuPlan {
                   const at::Tensor& w1, const at::Tensor& b1, const at::Tensor& w2,
                   const at::Tensor& b2, const at::Tensor& w3, const at::Tensor& b3,
                   const OptionalTensor& wp, const OptionalTensor& bp, std::optional<Id> low,
-                  bool relu, bool pool, const OptionalTensor& w2_factor);
+                  bool relu, bool pool, const OptionalTensor& w2_factor, bool pool_y);
   void conv(Id input, Id output, const at::Tensor& weight, const at::Tensor& bias,
             const OptionalTensor& scale, const OptionalTensor& shift, Pair stride, Pair padding,
             Pair dilation, bool relu, std::optional<Id> add, bool relu_sum,
@@ -90,11 +90,12 @@ class CpuPlan {
   }
 
   // One kernel's part of a run: its op, the first value that its step writes, and the time until
-  // all threads were done. A copy in or out has the op "copy", and no value: -1.
+  // all threads were done, added up over the pieces of a batch. A copy in or out has the op "copy",
+  // and no value: -1.
   struct Timed {
     std::string op;
-    Id value;
-    double seconds;
+    Id value = -1;
+    double seconds = 0;
   };
   std::vector<Timed> profile(const std::vector<at::Tensor>& inputs) const;
 

@@ -51,7 +51,8 @@ void bind_cpu_plan(py::module_& m) {
       .def("bottleneck", translated(&CpuPlan::bottleneck), arg("input"), arg("output"),
            arg("scale"), arg("shift"), arg("w1"), arg("b1"), arg("w2"), arg("b2"), arg("w3"),
            arg("b3"), arg("wp") = py::none(), arg("bp") = py::none(), arg("low") = py::none(),
-           arg("relu") = false, arg("pool") = false, arg("w2_factor") = py::none())
+           arg("relu") = false, arg("pool") = false, arg("w2_factor") = py::none(),
+           arg("pool_y") = false)
       .def("conv", translated(&CpuPlan::conv), arg("input"), arg("output"), arg("weight"),
            arg("bias"), arg("scale") = py::none(), arg("shift") = py::none(), arg("stride") = one,
            arg("padding") = zero, arg("dilation") = one, arg("relu") = false,
@@ -82,6 +83,7 @@ void bind_cpu_plan(py::module_& m) {
       .def(
           "profile",
           [](const CpuPlan& plan, const std::vector<at::Tensor>& inputs) {
+            const py::gil_scoped_release others_may_run;
             std::vector<std::tuple<std::string, CpuPlan::Id, double>> rows;
             for (auto& [op, value, seconds] : plan.profile(inputs))
               rows.emplace_back(op, value, seconds);

@@ -33,6 +33,7 @@ from op_checks import (
     check_given_image,
     check_head,
     check_pooled_bottleneck,
+    check_pooling_bottleneck,
     check_small_hourglass,
     conv_reference,
     conv_transpose_reference,
@@ -150,6 +151,7 @@ def check_fusions(dtype: torch.dtype) -> None:
         for norm in (True, False):
             w = bottleneck_weights(channels, middle, out, norm=norm)
             check_pooled_bottleneck(dtype, x, w, relu=not norm)
+            check_pooling_bottleneck(dtype, x, w, relu=not norm)
             ran("bottleneck")
     for channels, middle, joints, out, height, width in [
         (64, 64, 16, 64, 12, 11),

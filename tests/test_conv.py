@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from op_checks import (
     LAYOUTS,
@@ -18,9 +18,11 @@ from op_checks import (
     conv_reference,
     conv_weights,
     is_channels_last,
+    laid_out,
     native,
     needs_native,
     random_map,
+    run_step,
 )
 from torch import Tensor
 
@@ -111,6 +113,60 @@ def test_any_shape(
     result = conv_reference(x.float(), w, stride, padding, dilation=dilation).shape
     other = random_map(*result, dtype=dtype, layout=layout, seed=2) if add else None
     check(x, w, stride, padding, relu, other, dilation, relu_sum)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    channels=st.integers(1, 4),
+    out=st.sampled_from([5, 16, 72]),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    norm=st.booleans(),
+    threads=st.sampled_from([1, 2, 5]),
+    dtype=st.sampled_from(MAP_DTYPES),
+    high=st.booleans(),
+)
+def test_the_bits_of_few_channels(
+    size: Pair,
+    channels: int,
+    out: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    norm: bool,
+    threads: int,
+    dtype: torch.dtype,
+    high: bool,
+) -> None:
+    """Whatever the layout, the other images, and how threads share the rows."""
+    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)))
+    w = conv_weights(channels, out, kernel, norm=norm)
+    x = random_map(3, channels, *size, dtype=dtype)
+
+    def run(x: Tensor) -> Tensor:
+        def step(plan: Any, y: int) -> None:
+            plan.conv(0, y, **w, stride=stride, padding=padding)
+
+        return run_step(dtype, [x], step, high and dtype == torch.float32)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = torch.cat([run(image) for image in x.split(1)])
+        torch.set_num_threads(threads)
+        for layout in LAYOUTS:
+            assert torch.equal(run(laid_out(x, layout)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_channels_far_apart() -> None:
+    """Windows between which most of x is skipped take no memory for what they skip."""
+    w = conv_weights(3, 8, (3, 3))
+    x = random_map(1, 3, 9, 9, dtype=torch.bfloat16)
+    check(x, w, (1, 10**9), (1, 1))
 
 
 @pytest.mark.parametrize("dtype", MAP_DTYPES)

@@ -17,10 +17,12 @@ from op_checks import (
     MAP_DTYPES,
     assert_close_float32,
     assert_same_bits,
+    bottleneck_arguments,
     bottleneck_weights,
     check_given_image,
     check_head,
     check_pooled_bottleneck,
+    check_pooling_bottleneck,
     conv_weights,
     head_weights,
     native,
@@ -101,6 +103,68 @@ def test_pooled_blocks(
         half if low else None,
         relu,
     )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    height=st.integers(2, 40),
+    width=st.integers(2, 40),
+    channels=st.sampled_from([1, 3, 16, 20, 33, 64]),
+    middle=st.sampled_from([1, 8, 17, 32]),
+    out=st.sampled_from([0, 5, 16, 40]),
+    norm=st.booleans(),
+    relu=st.booleans(),
+    pool=st.booleans(),
+    odd_values=st.booleans(),
+    dtype=st.sampled_from(MAP_DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_pooling_blocks(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    middle: int,
+    out: int,
+    norm: bool,
+    relu: bool,
+    pool: bool,
+    odd_values: bool,
+    dtype: torch.dtype,
+    layout: str,
+) -> None:
+    assume(not pool or (height >= 4 and width >= 4))
+    x = random_map(batch, channels, height, width, dtype=dtype, layout=layout)
+    if odd_values and layout == "nchw":
+        x = with_oddities(x)
+    w = bottleneck_weights(channels, middle, out or channels, norm=norm)
+    check_pooling_bottleneck(dtype, x, w, relu, pool)
+
+
+@pytest.mark.parametrize("dtype", MAP_DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_a_pooling_block_on_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
+    w = bottleneck_weights(40, 24, 40)
+    x = with_oddities(random_map(2, 40, 71, 45, dtype=dtype))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_pooling_bottleneck(dtype, x, w)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_pooling_block_that_does_not_fit() -> None:
+    w = bottleneck_arguments(bottleneck_weights(8, 4, 8))
+    plan = native.CpuPlan("float32")
+    with pytest.raises(ValueError, match="expected no low where y is pooled"):
+        plan.bottleneck(0, 2, **w, low=1, pool_y=True)
+    plan = native.CpuPlan("float32")
+    plan.bottleneck(0, 1, **w, pool_y=True)
+    plan.finish([0], [1])
+    with pytest.raises(ValueError, match="a result at least as large as the window of 2x2"):
+        plan.run([torch.zeros(1, 8, 1, 4)])
 
 
 @pytest.mark.parametrize("dtype", MAP_DTYPES)
@@ -335,11 +399,29 @@ def test_a_network_gives_the_same_bits(
     fused = CpuExecutor(plan, weights, precision).run([x])
     with monkeypatch.context() as patch:
         patch.setattr(fusions, "pooled_blocks", lambda *_: {})
+        patch.setattr(fusions, "pooling_blocks", lambda *_: {})
         patch.setattr(fusions, "heads", lambda *_: [])
         steps = CpuExecutor(plan, weights, precision).run([x])
     assert fused.keys() == steps.keys()
     for number, expected in steps.items():
         assert_same_bits(fused[number], expected)
+
+
+def test_the_largest_map_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stem's first block gives the maximum of its result, unless that is wanted, too."""
+    module = network(torch.float32)
+    plan = recognise(module)
+    (largest,) = fusions.pooling_blocks(plan.steps, output_values(plan.outputs))
+    assert plan.shapes((1, 3, 96, 64))[largest][2:] == (48, 32)
+    wanted = replace(plan, outputs=(largest, *output_values(plan.outputs)))
+    assert not fusions.pooling_blocks(plan.steps, output_values(wanted.outputs))
+    executor, steps = recorded_steps(monkeypatch, wanted, module)
+    assert steps["pool"] == 0  # of the block behind it
+    x = random_map(1, 3, 96, 64)
+    for number, expected in reference.run(wanted, dict(module.state_dict()), [x]).items():
+        if number in output_values(wanted.outputs):
+            found = executor.run([x])[number]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_pools_in_a_network_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,17 +455,21 @@ def test_a_maximum_that_is_wanted_is_given(monkeypatch: pytest.MonkeyPatch) -> N
     """Each maximum of a network, as one of its outputs."""
     module = network(torch.float32)
     plan, x = recognise(module), random_map(1, 3, 96, 64)
+    alone = []
     for pool in plan.steps:
         if not isinstance(pool, Pool):
             continue
         wanted = replace(plan, outputs=(pool.output, plan.steps[-1].output))
         executor, steps = recorded_steps(monkeypatch, wanted, module)
-        assert steps["pool"] == 1
+        alone.append(steps["pool"])
         values = executor.run([x])
         (source,) = pool.inputs
         behind = replace(plan, outputs=(source,))
         before, _ = recorded_steps(monkeypatch, behind, module)
         assert torch.equal(values[pool.output], F.max_pool2d(before.run([x])[source], 2))
+    # In the stem the block before it gives it; in an hourglass others read what it is taken of.
+    assert alone == [0] + [1] * (len(alone) - 1)
+    assert len(alone) > 2
 
 
 class TwoReaders(nn.Module):
@@ -391,11 +477,11 @@ class TwoReaders(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Residual(16, 16) for _ in range(3))
+        self.blocks = nn.ModuleList(Residual(16, 16) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        half = F.max_pool2d(self.blocks[0](x), 2)
-        both: Tensor = self.blocks[1](half) + self.blocks[2](half)
+        half = F.max_pool2d(x, 2)
+        both: Tensor = self.blocks[0](half) + self.blocks[1](half)
         return both
 
 

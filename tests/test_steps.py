@@ -45,6 +45,14 @@ def test_each_kernel_has_its_op_its_value_and_a_time(threads: int) -> None:
     assert all(0 < seconds < 10 for _, _, seconds in rows)
 
 
+def test_the_pieces_of_a_batch_are_one_kernel_each() -> None:
+    model = small_hourglass()
+    executor = executor_of(model)
+    one, eight = (executor.profile([image(batch, 256, 256)]) for batch in (1, 8))
+    assert [row[:2] for row in eight] == [row[:2] for row in one]
+    assert sum(row[2] for row in eight) > 2 * sum(row[2] for row in one)
+
+
 def test_a_network_with_steps_of_pytorch_has_no_profile() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 1)

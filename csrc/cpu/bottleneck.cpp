@@ -13,7 +13,9 @@
 // two rows of conv1, a seventh of the work where a block halves its channels.
 //
 // Where x is pooled first, a task pools the rows that conv1 is about to read into scratch, once,
-// and keeps them until they have been the shortcut.
+// and keeps them until they have been the shortcut. Where only the maximum of y is wanted, two rows
+// of y at least are computed at a time, in scratch: a quarter of them is written, and nothing reads
+// the whole map again, which is a network's largest.
 //
 // A pixel's sums do not depend on the strip or block it falls in, so neither do their bits.
 #include "maximum.h"
@@ -35,7 +37,8 @@ struct Split {
   template <class Operand>
   static Split of(const BottleneckParams& p, int threads, Operand) {
     const int64_t conv1 = p.in * p.middle;
-    const int64_t side = tile_side(p.method);  // strips are rows of whole tiles
+    // Strips are rows of whole tiles, or windows.
+    const int64_t side = p.pool_y ? max(2, tile_side(p.method)) : tile_side(p.method);
     const int64_t conv2 = p.middle * p.middle * 9;
     const int64_t rest = conv2 + (p.middle + (p.wp ? p.in : 0)) * p.out;
     Split best{};
@@ -52,7 +55,7 @@ struct Split {
       least = cost;
       if (p.method == Method::direct) {  // about a block of pixels at a time, evenly
         const int64_t steps = ceil_div(rows, max(1, kBlock / p.width));
-        best = {rows, strips, ceil_div(rows, steps)};
+        best = {rows, strips, round_up(ceil_div(rows, steps), side)};
       } else {
         const Grouping group(ceil_div(rows, side), ceil_div(p.width, side));
         best = {rows, strips, group.tall * side};
@@ -69,6 +72,7 @@ struct Buffers {
   Operand* a;              // (kBlock, in): prologue(x), and later x for the projected shortcut
   float* bias;             // b3 + bp
   char* pooled = nullptr;  // (step + 2, width, in), of the element type
+  char* whole = nullptr;   // (step, width, out) of y where that is pooled, likewise
   int64_t pitch;           // pixels in a row of t: whole tiles, and one at either end
   int64_t t_bytes, u_bytes;
   Grouping group;
@@ -90,10 +94,9 @@ struct Buffers {
     u = scratch.take<Operand>(u_count);
     a = scratch.take<Operand>(kBlock * padded<Operand>(p.in));
     bias = scratch.take<float>(p.out);
-    if (p.pool) {
-      const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
-      pooled = scratch.take<char>((split.step + 2) * p.width * p.in * bytes);
-    }
+    const int64_t bytes = p.precision == Precision::medium ? sizeof(bf16) : sizeof(float);
+    if (p.pool) pooled = scratch.take<char>((split.step + 2) * p.width * p.in * bytes);
+    if (p.pool_y) whole = scratch.take<char>(split.step * p.width * p.out * bytes);
   }
 };
 
@@ -104,7 +107,9 @@ class Strip {
       : p(p), buffers(buffers), pitch(buffers.pitch), middle(padded<Operand>(p.middle)) {
     given = static_cast<const E*>(p.x) + image * p.x_height * p.x_width * p.in;
     x = given;
-    y = static_cast<E*>(p.y) + image * p.height * p.width * p.out;
+    const int64_t pixels = p.pool_y ? (p.height / 2) * (p.width / 2) : p.height * p.width;
+    wanted = static_cast<E*>(p.y) + image * pixels * p.out;
+    y = wanted;
     if (p.low) low = static_cast<const E*>(p.low) + image * (p.height / 2) * (p.width / 2) * p.out;
   }
 
@@ -126,6 +131,8 @@ class Strip {
         for (int64_t r = rows + 1; r < round_up(rows, tile_side(p.method)) + 2; ++r)
           clear(r, 0, pitch);
       }
+      // As if the whole of y were there.
+      if (p.pool_y) y = reinterpret_cast<E*>(buffers.whole) - row * p.width * p.out;
       if (p.method == Method::direct) {
         const Slots<Operand> slots(rows, p.width, pitch);
         for (int64_t slot = 0; slot < slots.count(); slot += kBlock)
@@ -133,6 +140,7 @@ class Strip {
       } else if constexpr (is_same<Operand, float>) {
         with_tiles(p.method, [&](auto tiles) { conv2_by_tiles(tiles, row, rows); });
       }
+      if (p.pool_y) pool_y(row, row + rows);
       memmove(static_cast<void*>(buffers.t), buffers.t + rows * pitch * middle,
               2 * pitch * middle * sizeof(Operand));
       if (p.pool) {
@@ -153,6 +161,18 @@ class Strip {
       const E* from = given + 2 * row * pitch;
       for (int64_t i = 0; i < line; i += p.in, from += 2 * p.in)
         largest(from, pitch, p.in, Fixed<2>{}, Fixed<2>{}, pooled + row * line + i);
+    }
+  }
+
+  // The maximum of rows first ... last - 1 of y, the first of which is even. An odd one at the
+  // map's end falls away, as does an odd column.
+  void pool_y(int64_t first, int64_t last) const {
+    const int64_t pitch = p.width * p.out, across = p.width / 2;
+    for (int64_t row = first; row + 1 < last; row += 2) {
+      const E* from = y + row * pitch;
+      E* to = wanted + row / 2 * across * p.out;
+      for (int64_t i = 0; i < across; ++i, from += 2 * p.out, to += p.out)
+        largest(from, pitch, p.out, Fixed<2>{}, Fixed<2>{}, to);
     }
   }
 
@@ -269,7 +289,8 @@ class Strip {
   const Buffers<Operand>& buffers;
   const E* given;  // the image of p.x
   const E* x;      // the same, or what it is pooled to
-  E* y;
+  E* wanted;       // the image of p.y
+  E* y;            // the same, or what it is pooled from
   const E* low = nullptr;
   int64_t pitch;   // pixels in a row of t
   int64_t middle;  // values in a pixel of t and u

@@ -1,8 +1,7 @@
 // Any convolution: y = act_sum(act(conv(relu(scale * x + shift)) + bias) [+ add]); and the
 // transposed one, which is several.
 //
-// A task is a block of output pixels, wherever in the batch they fall, by some of the channels.
-// How its product comes to its windows:
+// A task is a block of output pixels by some of the channels. How its product comes to its windows:
 //
 // - A 1x1 convolution with stride 1 reads x where it lies, if the product can.
 // - In float32 each tap of a window is a pixel of x, and the product is told where each begins; a
@@ -13,16 +12,16 @@
 //   through the prologue (im2col, but of a block that stays in L2). That costs one pass over the
 //   window per pixel, against `out` multiply-adds for each of its values. To split a float32 in two
 //   costs several times a copy: so where windows overlap the block's rows of x are split before.
-//   Windows of few channels need no gathering: the rows of x that a task needs are copied with
-//   their padding, at kLineTap values a pixel. There windows lie at even distances, though they
-//   overlap, and a row of their taps is one step of K. The tiles' rows straddle cache lines, but
-//   that costs less than the copies: a stem of 7x7 has 21 values in a row of a window, which are
-//   moved at any place, for 64 products each.
+// - Of few channels AMX gathers none (Method::lines). The rows of x that a task needs are copied
+//   with their padding, at kLineTap values a pixel: there windows lie at even distances, though
+//   they overlap, and a row of their taps is one step of K. The tiles' rows straddle cache lines,
+//   but that costs less than the copies: a stem of 7x7 has 21 values in a row of a window, which
+//   are moved to any place, for 64 products each.
 // - A 3x3 convolution with stride 1 may go by tiles (winograd.h): then the pixels of x that a task
 //   needs are copied once, zero-padded, through the prologue.
 //
-// The first convolution of a network takes the caller's image in any layout: a block's rows of it
-// are laid out in scratch, those that it shares with the block before only once.
+// The first convolution of a network takes the caller's image in any layout: a task's rows of it
+// are laid out in scratch, those that it shares with the task before only once.
 //
 // Threads share the pixels; but where the weights are larger than the map, as at the bottom of a
 // network, they share the channels, and each reads only its own part of the weights.
@@ -577,7 +576,7 @@ struct LineTasks {
     blocks = ceil_div(p.out_height, min(share, max(1, kMostPixels / across)));
     tall = ceil_div(p.out_height, blocks);
     blocks = ceil_div(p.out_height, tall);
-    lines = (tall - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+    lines = (tall - 1) * p.stride_h + p.kernel_h;
     // Conversion goes by whole registers, and writes so many pixels more.
     line =
         round_up(max((across - 1) * p.stride_w + p.kernel_w, p.pad_w + p.width + kLanes) * kLineTap,
@@ -714,17 +713,17 @@ void run_lines(const Job& p, int threads, int64_t begin, int64_t end, void* memo
       Cursor at(done, tasks.across);
       for (int64_t i = 0; i < count; ++i, at.next()) {
         a_at[i] = at.row * p.stride_h * tasks.line + at.column * step;
-        const int64_t y =
-            (image * p.full_height + p.first_h + (first + at.row) * p.step_h) * p.full_width;
-        y_at[i] = at.column < p.out_width ? (y + p.first_w + at.column * p.step_w) * p.out : -1;
+        const int64_t row = image * p.out_height + first + at.row;
+        y_at[i] = at.column < p.out_width ? (row * p.out_width + at.column) * p.out : -1;
       }
       const Segment<Operand> segment{.a = to,
                                      .at = a_at,
                                      .stride = step,
                                      .taps = p.kernel_h,
-                                     .tap_stride = p.dilation_h * tasks.line,
+                                     .tap_stride = tasks.line,
                                      .depth = Tiling<Operand>::kDepth,
-                                     .b = p.weight};
+                                     .b = p.weight,
+                                     .parts = tasks.line * int64_t{sizeof(bf16)}};
       gemm(&segment, 1, count, n, min(p.out, n + tasks.channels),
            Epilogue<E>{.bias = p.bias,
                        .relu = p.relu,
@@ -853,7 +852,8 @@ bool goes_by_lines(const ConvParams& p) {
   with_types(p.precision, [&](auto operand, auto) {
     using Operand = decltype(operand);
     result = has_lines<Operand> && p.in <= kLineTap && p.kernel_h * p.kernel_w > 1 &&
-             p.kernel_w * kLineTap < Tiling<Operand>::kDepth && p.dilation_w == 1;
+             p.kernel_w * kLineTap < Tiling<Operand>::kDepth && p.dilation_h == 1 &&
+             p.dilation_w == 1 && p.stride_h <= p.kernel_h && p.stride_w <= p.kernel_w;
   });
   return result;
 }

@@ -21,7 +21,9 @@
 // is stored as an operand, never in the loop over k.
 //
 // A is read where it lies, 16 slots per tile, evenly spaced. Its channels come padded to 32; split
-// ones lie as the 32 high parts and then the 32 low ones. B is packed in tiles:
+// ones lie as the 32 high parts and then the 32 low ones. (But for windows of few channels, see
+// conv.cpp: their rows are shorter, begin anywhere, and Segment::parts tells where low parts lie; a
+// product is less than 32 deep then, as TileScope says.) B is packed in tiles:
 // [panel of 32 channels][k / 32][part][half][k pair][16 channels][2]. So every tile row is a cache
 // line: rows that straddle two cost half the speed.
 #pragma once

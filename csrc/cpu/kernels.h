@@ -42,17 +42,19 @@ struct Work {
 //     [+ low, upsampled x2 by nearest neighbour]
 // pre = relu(scale * x + shift) if scale, else x; act = relu if relu. conv1, conv3: 1x1; conv2:
 // 3x3, padding 1. The shortcut is x (in == out channels), or project(x) + bp. The other BatchNorms
-// are folded into the convolutions. With `pool`, x stands for the maximum over its 2x2 windows.
+// are folded into the convolutions. With `pool`, x stands for the maximum over its 2x2 windows;
+// with `pool_y`, which leaves no room for low, only that of y is kept.
 struct BottleneckParams {
   Precision precision;
   Method method;  // of conv2
-  bool relu, pool;
+  bool relu, pool, pool_y;
   int64_t batch, height, width;    // of y
   int64_t in, middle, out;         // channels
   int64_t x_height, x_width;       // height and width; with pool twice as much, or one more
   const void* x;                   // (batch, x_height, x_width, in)
   const void* low;                 // (batch, height / 2, width / 2, out), or null
-  void* y;                         // (batch, height, width, out); may not alias x or low
+  void* y;                         // (batch, height, width, out), or, with pool_y, half of each
+                                   // side; may not alias x or low
   const float *scale, *shift;      // (in), or null
   const void *w1, *w2, *w3, *wp;   // packed; wp null: identity shortcut
   const float *b1, *b2, *b3, *bp;  // (middle), (middle), (out), (out)

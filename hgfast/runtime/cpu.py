@@ -134,8 +134,10 @@ class CpuExecutor:
         """Run, and tell of each kernel (op, the value it writes first, seconds); in their order.
 
         Raises:
-            ValueError: PyTorch runs some of the Plan's steps.
+            ValueError: PyTorch runs some of the Plan's steps, or as in :meth:`run`.
         """
+        if self._plan.guards:
+            self._plan.check(*(x.shape for x in inputs))
         if len(self._parts) != 1 or not isinstance(self._parts[0], _Native):
             raise ValueError("expected a Plan that is one native call; PyTorch runs a part of it")
         return self._parts[0].profile(dict(zip(self._plan.inputs, inputs, strict=True)))
@@ -249,11 +251,13 @@ def _packed(
     as_computed: bool,
 ) -> Any:
     """The native plan that is begun, with these steps, finished."""
-    pools = fusions.pooled_blocks(steps, outputs, lambda _: True)
+    pooling = fusions.pooling_blocks(steps, outputs)
+    pooled = fusions.pooled_blocks(steps, outputs, lambda _: True)
+    pools = {y: x for y, x in pooled.items() if x not in pooling}
     head_of = {step.output: head for head in heads for step in head.steps}
     for step in steps:
         x, out = step.inputs[0], step.output
-        if out in pools:  # the block behind it pools what it reads
+        if out in pools or out in pooling.values():  # of the block behind it, or before it
             continue
         if out in head_of:
             if step is head_of[out].features:
@@ -264,9 +268,12 @@ def _packed(
             scale, shift, w1, b1, w2, factor, *rest = bottleneck_weights_unfolded(step, weights)
             relu = not step.preactivated
             pool = x in pools
-            source = pools[x] if pool else x
+            settings = {"w2_factor": factor, "pool_y": out in pooling}
             packed.bottleneck(
-                source, out, scale, shift, w1, b1, w2, *rest, extra, relu, pool, w2_factor=factor
+                pools.get(x, x),
+                pooling.get(out, out),
+                *(scale, shift, w1, b1, w2, *rest, extra, relu, pool),
+                **settings,
             )
         elif isinstance(step, Conv):
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)

@@ -33,12 +33,31 @@ def pooled_blocks(
     return {
         step.output: step.inputs[0]
         for step in steps
-        if isinstance(step, Pool)
-        and step.mode == "max"
-        and step.is_half
-        and step.output in reading
-        and readers[step.output] == 1
+        if _is_half_maximum(step) and step.output in reading and readers[step.output] == 1
     }
+
+
+def pooling_blocks(steps: Sequence[Step], outputs: Collection[int]) -> dict[int, int]:
+    """The blocks whose result only a 2x2 maximum reads: they can give that alone.
+
+    Args:
+        steps, outputs: as above.
+
+    Returns:
+        By the number of the block's result, that of the maximum.
+    """
+    readers = Counter(number for step in steps for number in step.inputs)
+    readers.update(outputs)
+    blocks = {s.output for s in steps if isinstance(s, Bottleneck) and len(s.inputs) == 1}
+    return {
+        step.inputs[0]: step.output
+        for step in steps
+        if _is_half_maximum(step) and step.inputs[0] in blocks and readers[step.inputs[0]] == 1
+    }
+
+
+def _is_half_maximum(step: Step) -> bool:
+    return isinstance(step, Pool) and step.mode == "max" and step.is_half
 
 
 #: Channels that a GPU's kernel for the stem makes: a multiple of 16, up to this.
