@@ -312,14 +312,15 @@ std::string product(Precision precision, Method method) {
 void check_bottleneck(const Kernels& kernels, Precision precision, Method method) {
   struct Case {
     int64_t batch, height, width, in, middle, out;
-    bool norm, project, low, relu, pool = false;
+    bool norm, project, low, relu, pool = false, pool_y = false;
   };
   const Case cases[] = {{2, 9, 12, 24, 20, 24, true, false, false, false},
                         {1, 6, 8, 20, 17, 33, true, true, true, false},
                         {1, 14, 4, 33, 48, 33, false, false, true, true},
                         {3, 1, 1, 1, 1, 1, false, true, false, true},
                         {1, 3, 67, 16, 16, 40, true, true, false, false},
-                        {2, 6, 5, 24, 17, 24, true, false, false, true, true}};
+                        {2, 6, 5, 24, 17, 24, true, false, false, true, true},
+                        {2, 7, 11, 24, 17, 24, true, false, false, true, false, true}};
   const Element element = element_of(precision);
   for (const Case& c : cases) {
     const std::string what =
@@ -343,6 +344,7 @@ void check_bottleneck(const Kernels& kernels, Precision precision, Method method
     add(expected, c.project ? convolved(x, wp, {}) : x);
     if (c.relu) relu(expected);
     if (c.low) add_upsampled(expected, low, 1);
+    if (c.pool_y) expected = pooled(expected);
 
     Packed p1(kernels, what, precision, Method::direct, w1),
         p2(kernels, what, precision, method, w2);
@@ -357,6 +359,7 @@ void check_bottleneck(const Kernels& kernels, Precision precision, Method method
       p.relu = c.relu;
       p.batch = c.batch;
       p.pool = c.pool;
+      p.pool_y = c.pool_y;
       p.height = c.height;
       p.width = c.width;
       p.x_height = x_height;
@@ -586,8 +589,10 @@ void check_head(const Kernels& kernels, Precision precision) {
     p.w_next = p_next.memory.data();
     p.b_next = w_next.bias.data();
     run(what, kernels.plan_head, kernels.head, p, 3);
-    if (c.joints) compare(what, heatmaps, maps.values, element, 2e-6);
-    if (c.out) compare(what, to, next.values, element, 2e-6);
+    // A value of z halfway between two bfloat16 may round to the other.
+    const double tolerance = element == Element::bfloat16 ? 2e-3 : 2e-6;
+    if (c.joints) compare(what, heatmaps, maps.values, element, tolerance);
+    if (c.out) compare(what, to, next.values, element, tolerance);
   }
 }
 
