@@ -492,7 +492,7 @@ def test_labels_keep_apart() -> None:
 @needs_native
 def test_every_op_has_a_benchmark() -> None:
     plan = type(_native.load().CpuPlan("float32"))  # type: ignore[union-attr]
-    others = {"finish", "run", "path", "products"}
+    others = {"finish", "run", "profile", "path", "products"}
     steps = {name for name in dir(plan) if not name.startswith("_")} - others
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert steps | {"decode", "relayout", "hourglass"} <= found
