@@ -11,7 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-# The AMX kernels on a model of their instructions, so that their code is tested on any x86 machine.
+# The AMX kernels on a model of their instructions, so that their code is tested on machines that
+# have AVX-512 alone.
 export HGFAST_AMX_MODEL ?= 1
 # The CUDA kernels on a model of the GPU: likewise.
 export HGFAST_EMULATOR ?= 1

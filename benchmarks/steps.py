@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of one network."""
     parser = argparse.ArgumentParser(prog="benchmarks.steps", description=__doc__.splitlines()[0])
     parser.add_argument("--stacks", type=int, default=2, help="hourglasses (2)")
-    parser.add_argument("--precision", default="medium", choices=["highest", "high", "medium"])
+    precisions = ["highest", "high", "medium"]
+    parser.add_argument("--precision", default="medium", choices=precisions, help="(medium)")
     parser.add_argument("--batch", type=int, default=1, help="images (1)")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side (256)")
     parser.add_argument("--threads", type=int, default=1, help="threads (1)")

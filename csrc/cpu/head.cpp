@@ -21,7 +21,7 @@ namespace hgfast::cpu::HGFAST_ISA {
 namespace {
 
 // In a task. z and the weights share L2 with what passes through: with 256 channels, on a Cascade
-// Lake core, 64 takes 2 to 8 % less time than 128 or 256.
+// Lake core, 64 took 2 to 8 % less time than 128 or 256 (benchmarks/bench_head.py).
 constexpr int64_t kMostPixels = 64;
 
 // Pixels per task, evenly, and whole groups of slots.

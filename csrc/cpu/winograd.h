@@ -92,8 +92,8 @@ struct Products {
 constexpr int64_t kFewestChannels = 16;
 
 // In a group. More would read the weights less often, and V would not fit into the second-level
-// cache: for 128 channels and m = 4 it takes 590 KB. Measured for the 256/128/256 block on a
-// Cascade Lake core: 32 and 48 serve alike, 16 is slower.
+// cache: for 128 channels and m = 4 it takes 590 KB. Chosen by the 256/128/256 block on a
+// Cascade Lake core, which benchmarks/bench_bottleneck.py times: 48 was no faster, 16 slower.
 constexpr int64_t kTilesAtOnce = 32;
 
 // How `down` x `across` tiles of a map are taken in groups of `tall` x `wide`, whole rows of tiles
