@@ -32,8 +32,9 @@ constexpr int kRows = 6;  // 12 sums and 2 of B in 16 registers
 #endif
 
 // B is fetched so many k ahead of its use, and a tile's y and add before its sums are formed.
-// Chosen by the 256/128/256 block on a Cascade Lake core, which benchmarks/bench_bottleneck.py times:
-// the first gained 3 % at 64x64 and a tenth at 16x16 (4, 8 and 16 alike), the second 2 to 4 %.
+// Chosen by the 256/128/256 block on a Cascade Lake core, which benchmarks/bench_bottleneck.py
+// times: the first gained 3 % at 64x64 and a tenth at 16x16 (4, 8 and 16 alike), the second 2 to 4
+// %.
 constexpr int64_t kAhead = 8;
 
 // So many products are added up one after the other, and the sums of such chains in their turn:
