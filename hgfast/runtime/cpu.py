@@ -267,13 +267,12 @@ def _packed(
         if isinstance(step, Bottleneck):
             scale, shift, w1, b1, w2, factor, *rest = bottleneck_weights_unfolded(step, weights)
             relu = not step.preactivated
-            pool = x in pools
-            settings = {"w2_factor": factor, "pool_y": out in pooling}
+            source, to = pools.get(x, x), pooling.get(out, out)
             packed.bottleneck(
-                pools.get(x, x),
-                pooling.get(out, out),
-                *(scale, shift, w1, b1, w2, *rest, extra, relu, pool),
-                **settings,
+                *(source, to, scale, shift, w1, b1, w2, *rest, extra, relu),
+                pool=x in pools,
+                w2_factor=factor,
+                pool_y=out in pooling,
             )
         elif isinstance(step, Conv):
             conv, behind = step.conv, (step.relu, extra, step.relu_sum)
