@@ -78,6 +78,17 @@ struct Reach {
   static int64_t span(const Job& p) { return (p.kernel_h - 1) * p.dilation_h + 1; }
 };
 
+// What finishes the sums of any method; `y_at` says where in y each slot goes.
+template <class E>
+Epilogue<E> epilogue_of(const Job& p, const int64_t* y_at) {
+  return {.bias = p.bias,
+          .relu = p.relu,
+          .relu_sum = p.relu_sum,
+          .y = static_cast<E*>(p.y),
+          .y_at = y_at,
+          .add = static_cast<const E*>(p.add)};
+}
+
 // Whether each tap's channels are a run of the product; else those of several are.
 template <class Operand>
 bool is_per_tap(const Job& p, const Depth& depth) {
@@ -461,13 +472,7 @@ void run(const Job& job, int threads, int64_t begin, int64_t end, void* memory) 
         for (int64_t i = 0; i < count; ++i) y_at[slot + i] = (pixel + i * p.step_w) * p.out;
       });
       for (int64_t i = pixels; i < round_up(pixels, Tiling<Operand>::kGroup); ++i) y_at[i] = -1;
-      gemm(&segment, 1, pixels, n, min(p.out, n + g.channels),
-           Epilogue<E>{.bias = p.bias,
-                       .relu = p.relu,
-                       .relu_sum = p.relu_sum,
-                       .y = static_cast<E*>(p.y),
-                       .y_at = y_at,
-                       .add = static_cast<const E*>(p.add)});
+      gemm(&segment, 1, pixels, n, min(p.out, n + g.channels), epilogue_of<E>(p, y_at));
     }
   }
 }
@@ -546,13 +551,7 @@ void run_tiles(Tiles, const Job& p, const TileTasks& tasks, int64_t begin, int64
     copy_padded(p, static_cast<const E*>(p.x) + image * p.height * p.width * p.in, top - p.pad_h,
                 left - p.pad_w, tall * side + 2, pitch, scratch.x);
     Tiles::convolve(scratch.x, pitch * p.in, p.in, tall, wide, static_cast<const float*>(p.weight),
-                    n, min(p.out, n + tasks.channels), scratch.tiles,
-                    Epilogue<E>{.bias = p.bias,
-                                .relu = p.relu,
-                                .relu_sum = p.relu_sum,
-                                .y = static_cast<E*>(p.y),
-                                .y_at = y_at,
-                                .add = static_cast<const E*>(p.add)});
+                    n, min(p.out, n + tasks.channels), scratch.tiles, epilogue_of<E>(p, y_at));
   }
 }
 
@@ -724,13 +723,7 @@ void run_lines(const Job& p, int threads, int64_t begin, int64_t end, void* memo
                                      .depth = Tiling<Operand>::kDepth,
                                      .b = p.weight,
                                      .parts = tasks.line * int64_t{sizeof(bf16)}};
-      gemm(&segment, 1, count, n, min(p.out, n + tasks.channels),
-           Epilogue<E>{.bias = p.bias,
-                       .relu = p.relu,
-                       .relu_sum = p.relu_sum,
-                       .y = static_cast<E*>(p.y),
-                       .y_at = y_at,
-                       .add = static_cast<const E*>(p.add)});
+      gemm(&segment, 1, count, n, min(p.out, n + tasks.channels), epilogue_of<E>(p, y_at));
     }
   }
 }
